@@ -1,0 +1,5 @@
+"""``python -m stiefel`` is the ``stiefel`` command."""
+
+from stiefel.cli import main
+
+main()

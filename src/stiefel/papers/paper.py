@@ -1,0 +1,173 @@
+"""What a paper is here: a claim, an experiment that measures it, and a verdict computed from both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from stiefel.papers.progress import Progress
+
+
+class Scale(StrEnum):
+    """How much of the experiment is run."""
+
+    SMOKE = "smoke"
+    """Seconds; for tests. Proves that everything runs, says nothing about the claim."""
+    LAPTOP = "laptop"
+    """At most two minutes on two cores for all seeds together."""
+    PAPER = "paper"
+    """The authors' scale. Refuses where the data or the accelerator is missing."""
+
+
+class Verdict(StrEnum):
+    """What the measurements say about a claim."""
+
+    REPRODUCED = "reproduced"
+    NOT_REPRODUCED = "not reproduced"
+    INCONCLUSIVE = "inconclusive"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one seed gave: numbers for the claims, series for the figure."""
+
+    seed: int
+    metrics: Mapping[str, float]
+    series: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """Curves and other arrays that the figure draws. Not used for the verdict."""
+    config: Mapping[str, object] = field(default_factory=dict)
+    """What a reader needs to repeat it: data checksum, learning rates chosen, sizes."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A claim held against measurements."""
+
+    claim: Claim
+    value: float
+    """Mean of the metric over seeds."""
+    interval: tuple[float, float]
+    """95 % confidence interval of that mean (Student's t over seeds)."""
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One statement of a paper, as a bound on one metric.
+
+    Exactly one of ``at_most`` and ``at_least`` is given. The claim is reproduced when the whole 95 %
+    interval of the metric's mean over seeds keeps the bound, not reproduced when the whole interval
+    breaks it, and inconclusive otherwise, as always with fewer than two seeds.
+    """
+
+    text: str
+    metric: str
+    """Key in :attr:`Measurement.metrics`."""
+    at_most: float | None = None
+    at_least: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.at_most is None) == (self.at_least is None):
+            raise ValueError(
+                f"claim {self.text!r} needs exactly one of at_most and at_least, "
+                f"got at_most={self.at_most}, at_least={self.at_least}"
+            )
+
+    @property
+    def bound(self) -> float:
+        """The number the metric is held against."""
+        return self.at_most if self.at_most is not None else self.at_least  # pyrefly: ignore
+
+    @property
+    def relation(self) -> str:
+        """``≤`` or ``≥``, as in *metric ≤ bound*."""
+        return "≤" if self.at_most is not None else "≥"
+
+    def judge(self, measurements: Sequence[Measurement]) -> Judgement:
+        """Hold this claim against measurements of several seeds.
+
+        Raises:
+            KeyError: a measurement lacks the metric.
+        """
+        values = [float(m.metrics[self.metric]) for m in measurements]
+        mean, lo, hi = mean_interval(values)
+        if len(values) < 2 or math.isnan(mean):
+            return Judgement(self, mean, (lo, hi), Verdict.INCONCLUSIVE)
+        sign = 1 if self.at_most is not None else -1
+        worst, best = max(sign * lo, sign * hi), min(sign * lo, sign * hi)
+        if worst <= sign * self.bound:
+            verdict = Verdict.REPRODUCED
+        elif best > sign * self.bound:
+            verdict = Verdict.NOT_REPRODUCED
+        else:
+            verdict = Verdict.INCONCLUSIVE
+        return Judgement(self, mean, (lo, hi), verdict)
+
+
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
+    """Mean and two-sided Student-t confidence interval; infinite with fewer than two values."""
+    n = len(values)
+    if n == 0:
+        return math.nan, -math.inf, math.inf
+    mean = math.fsum(values) / n
+    if n == 1:
+        return mean, -math.inf, math.inf
+    from scipy.stats import t  # imported here: scipy.stats alone costs 0.5 s
+
+    spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
+    half = float(t.ppf(0.5 + confidence / 2, n - 1)) * spread / math.sqrt(n)
+    return mean, mean - half, mean + half
+
+
+Experiment = Callable[["Scale", int, "Progress"], Measurement]
+FigureMaker = Callable[[Sequence[Measurement]], "Figure"]
+
+
+@dataclass(frozen=True)
+class Paper:
+    """One paper: what it says, what is checked of it, and how a user gets it."""
+
+    slug: str
+    title: str
+    authors: str
+    """As on the paper's first page; ``"First Author and 4 others"`` where there are many."""
+    published: str
+    """ISO date of the first version, to the day or month: ``2025-10``."""
+    arxiv: str
+    code: str | None
+    """Address of the authors' code, if any."""
+    topic: str
+    summary: str
+    """Two sentences in our own words."""
+    claim: Claim
+    """The headline; its verdict is the paper's."""
+    experiment: Experiment
+    figure: FigureMaker
+    snippet: str
+    """The five lines a user would paste."""
+    others: tuple[Claim, ...] = ()
+    """Further claims, shown beside the headline."""
+    notes: tuple[str, ...] = ()
+    """What a reader must know to read the verdict: controls, limits of the scale."""
+    seconds: float = 60.0
+    """Rough cost at laptop scale, all seeds, two cores. Cheap papers run first."""
+
+    @property
+    def claims(self) -> tuple[Claim, ...]:
+        """The headline claim first."""
+        return (self.claim, *self.others)
+
+    def judge(self, measurements: Sequence[Measurement]) -> tuple[Judgement, ...]:
+        """Every claim held against the measurements, the headline first."""
+        return tuple(claim.judge(measurements) for claim in self.claims)
+
+
+class UnavailableError(RuntimeError):
+    """Something that an experiment needs (data, accelerator, network) is not on this machine."""

@@ -1,0 +1,402 @@
+"""Rotations: exponential, logarithm, Cayley pair, Procrustes and Haar sampling.
+
+Formulas of OrthoMerge (arXiv 2602.05943), with a weight ``[out, in]`` rotated on its input side,
+``W' = W R``. A skew matrix Q that turns one plane by θ has the entry θ there as a logarithm and
+tan(θ/2) as a Cayley coordinate. Angles are in radians.
+
+bfloat16 and float16 are computed in float32 and rounded once at the end. Every function that
+solves or factorises rejects NaN and infinities; ``skew`` lets them through.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from stiefel.linalg._checks import (
+    check_finite,
+    check_orthogonal,
+    check_pair,
+    check_skew,
+    check_square,
+    compute_dtype,
+    in_batch,
+)
+
+# tan(θ/2) up to which the logarithm goes through the Cayley coordinate (θ = π - 0.1): beyond,
+# the solve would lose more than a factor of 20 in accuracy.
+_LARGEST_TANGENT = 20.0
+# Higham 2005: numerator of the [7/7] Padé approximant of exp, and the 1-norm up to which it is
+# exact to rounding in float64 and in float32 (table 2.3 and its single-precision counterpart).
+_PADE = (17297280.0, 8648640.0, 1995840.0, 277200.0, 25200.0, 1512.0, 56.0, 1.0)
+_PADE_THETA = 0.9504178996162932
+_PADE_THETA_SINGLE = 3.925724783138660
+# OrthoMerge sheet, edge case 1: relative size below which a singular value counts as zero.
+_RANK_TOLERANCE = {torch.float64: 1e-12}
+_RANK_TOLERANCE_DEFAULT = 1e-7
+
+
+class SingularCayleyError(ValueError):
+    """A rotation with an eigenvalue -1 (a turn by π) has no Cayley coordinate."""
+
+
+def skew(x: Float[Tensor, "*batch n m"]) -> Float[Tensor, "*batch n n"]:
+    """The skew-symmetric part (x - xᵀ) / 2 of each square matrix.
+
+    NaN and infinities propagate. Raises ``ValueError`` where ``x`` is not ``[..., n, n]``.
+    """
+    check_square(x, "x")
+    return (x - x.mT) / 2
+
+
+def cayley(q: Float[Tensor, "*batch n m"]) -> Float[Tensor, "*batch n n"]:
+    """Cayley map R = (I + Q)(I - Q)⁻¹ of skew Q: a rotation without eigenvalue -1.
+
+    Differentiable to any order. R is orthogonal to about (1 + ||Q||) times machine precision.
+
+    Args:
+        q: skew matrices ``[..., n, n]``; the skew part is used.
+
+    Raises:
+        ValueError: ``q`` is not square, not finite, or not skew (||Q + Qᵀ|| > 1e-4 ||Q||).
+
+    Source: arXiv 2602.05943, Cayley transform.
+    """
+    check_skew(q, "q")
+    work = skew(q.to(compute_dtype(q.dtype)))
+    eye = _eye_like(work)
+    # The two factors commute, so the inverse may stand on the left.
+    return torch.linalg.solve(eye - work, eye + work).to(q.dtype)
+
+
+def inverse_cayley(r: Float[Tensor, "*batch n m"]) -> Float[Tensor, "*batch n n"]:
+    """Inverse Cayley map Q = (R - I)(R + I)⁻¹, re-skewed; differentiable to any order.
+
+    Args:
+        r: orthogonal matrices ``[..., n, n]`` without eigenvalue -1.
+
+    Raises:
+        SingularCayleyError: R + I is singular, or so near that fewer than two digits of Q would
+            be right. Use :func:`rotation_log`, which covers turns by π.
+        ValueError: ``r`` is not square, not finite, or not orthogonal.
+
+    Source: arXiv 2602.05943, inverse Cayley transform.
+    """
+    check_orthogonal(r, "r")
+    work = r.to(compute_dtype(r.dtype))
+    eye = _eye_like(work)
+    solution, info = torch.linalg.solve_ex(work + eye, work - eye)
+    q = skew(solution)
+    # The relative error of Q is about eps ||Q||, of a stored half type its own eps.
+    limit = min(0.01 / torch.finfo(work.dtype).eps, 1 / torch.finfo(r.dtype).eps)
+    size = torch.linalg.matrix_norm(q.detach())
+    bad = (info != 0) | ~(size <= limit)
+    if bool(bad.any()):
+        raise SingularCayleyError(
+            f"r has an eigenvalue -1, a turn by π to working precision{in_batch(bad)}: "
+            "R + I is singular and the Cayley coordinate infinite; use rotation_log instead"
+        )
+    return q.to(r.dtype)
+
+
+def rotation_exp(q: Float[Tensor, "*batch n m"]) -> Float[Tensor, "*batch n n"]:
+    """Matrix exponential of skew Q: the rotation that turns by the angles of Q.
+
+    Differentiable to any order. R is a rotation to (1 + ||Q||) times rounding, as the Padé
+    approximant of a skew matrix is orthogonal. (``torch.linalg.matrix_exp`` is off by 2e-5 in
+    float32 and 2e-10 in float64 for single matrices of small norm: pytorch issue 196592.)
+
+    Args:
+        q: skew matrices ``[..., n, n]``; the skew part is used.
+
+    Raises:
+        ValueError: ``q`` is not square, finite and skew (||Q + Qᵀ|| ≤ 1e-4 ||Q||), or its 1-norm
+            is above 1 / machine precision.
+
+    Source: Higham, "The scaling and squaring method for the matrix exponential revisited",
+    SIAM J. Matrix Anal. Appl. 26 (2005), eq. (3.5) and table 2.3.
+    """
+    check_skew(q, "q")
+    work = skew(q.to(compute_dtype(q.dtype)))
+    if work.numel() == 0:
+        return work.to(q.dtype)
+    theta = _PADE_THETA if work.dtype == torch.float64 else _PADE_THETA_SINGLE
+    # Every matrix is halved as often as it needs, so a small one keeps its relative accuracy.
+    norm = torch.linalg.matrix_norm(work.detach(), ord=1, keepdim=True)
+    if bool((norm > 1 / torch.finfo(work.dtype).eps).any()):
+        raise ValueError(
+            f"q is too large to keep a digit of exp(q): 1-norm {float(norm.max()):.1e}"
+        )
+    halvings = (norm / theta).log2().ceil().clamp(min=0).to(torch.int32)
+    # The gradient of ldexp itself is zero for negative integer exponents (torch 2.13).
+    x = work * torch.ldexp(torch.ones_like(norm), -halvings)
+    x2 = x @ x
+    x4 = x2 @ x2
+    x6 = x4 @ x2
+    b = _PADE
+    eye = _eye_like(x)
+    odd = x @ (b[7] * x6 + b[5] * x4 + b[3] * x2 + b[1] * eye)
+    even = b[6] * x6 + b[4] * x4 + b[2] * x2 + b[0] * eye
+    r = torch.linalg.solve(even - odd, even + odd)
+    for done in range(int(halvings.max())):
+        r = torch.where(done < halvings, r @ r, r)
+    return r.to(q.dtype)
+
+
+def rotation_log(r: Float[Tensor, "*batch n m"]) -> Float[Tensor, "*batch n n"]:
+    """Principal logarithm of rotations: skew Q with exp(Q) = R and every angle in [0, π].
+
+    Relative accuracy near the identity, and a small backward error (exp of the result against R)
+    everywhere, turns by π included. There the logarithm is not unique: eigenvalues -1 are paired
+    into planes in the order the Schur form gives them. Matrices with an angle above π - 0.1 go
+    one by one through LAPACK on the CPU in float64; all others are one batch on their device.
+
+    Differentiable once. The gradient is that along the rotation group (its part normal to the
+    group is zero); two planes that both turn by exactly π are treated as fixed to each other.
+
+    Args:
+        r: rotations ``[..., n, n]``, determinant +1.
+
+    Raises:
+        ValueError: ``r`` is not square, not finite, not orthogonal, or has determinant -1.
+
+    To first order it is twice the Cayley coordinate that arXiv 2602.05943 uses.
+    """
+    check_orthogonal(r, "r")
+    work = r.to(compute_dtype(r.dtype))
+    negative = torch.linalg.slogdet(work.detach()).sign < 0
+    if bool(negative.any()):
+        raise ValueError(
+            f"r must be a rotation, but its determinant is -1{in_batch(negative)}: "
+            "a reflection has no real logarithm"
+        )
+    if work.numel() == 0:
+        return r.clone()
+    return _RotationLog.apply(work).to(r.dtype)  # pyrefly: ignore
+
+
+class _RotationLog(torch.autograd.Function):
+    """Principal logarithm, with the derivative of Daleckii and Krein in its eigenbasis."""
+
+    @staticmethod
+    def forward(ctx: Any, r: Tensor) -> Tensor:
+        log = _principal_log(r)
+        ctx.save_for_backward(r, log)
+        return log
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyrefly: ignore
+        (grad,) = grad_outputs
+        r, log = ctx.saved_tensors
+        # log = V iθ V*. For dR = R Ω: V* dlog V = h(θ_j - θ_k) ∘ (V* Ω V),
+        # h(a) = ia / (1 - exp(-ia)) = (a/2) / sin(a/2) · exp(ia/2).
+        theta, v = torch.linalg.eigh(-1j * log)
+        half = (theta[..., :, None] - theta[..., None, :]) / 2
+        sinc = torch.sinc(half / math.pi)
+        fixed = sinc.abs() <= log.shape[-1] * torch.finfo(log.dtype).eps
+        factor = torch.polar(torch.where(fixed, 0.0, 1 / sinc), -half)
+        inner = v.mH @ skew(grad).to(v.dtype) @ v
+        return r @ skew((v @ (factor * inner) @ v.mH).real)
+
+
+def _principal_log(r: Tensor) -> Tensor:
+    eye = _eye_like(r)
+    solution, info = torch.linalg.solve_ex(r + eye, r - eye)
+    solved = (info == 0) & solution.isfinite().all(-1).all(-1)
+    q = skew(torch.where(solved[..., None, None], solution, 0.0))
+    # -iQ is Hermitian with eigenvalues tan(θ/2), and the logarithm is 2 arctan of it.
+    tangent, v = torch.linalg.eigh(-1j * q)
+    log = -skew(((v * (2 * tangent.atan())[..., None, :]) @ v.mH).imag)
+    far = ~solved | (tangent.abs().amax(-1) > _LARGEST_TANGENT)
+    if bool(far.any()):
+        rotations = r[far].to("cpu", torch.float64).numpy()
+        logs = np.stack([_log_by_schur(one) for one in rotations])
+        log[far] = skew(torch.from_numpy(logs)).to(r)
+    return log
+
+
+def _log_by_schur(r: np.ndarray) -> np.ndarray:
+    """Principal logarithm of one float64 rotation through its real Schur form."""
+    import scipy.linalg  # only here, and costly to import
+
+    t, z = map(np.asarray, scipy.linalg.schur(r, output="real")[:2])
+    log = np.zeros_like(r)
+    half_turns = []  # 1×1 blocks -1; an even number, since the determinant is +1
+    i, n = 0, len(r)
+    while i < n:
+        if i + 1 < n and t[i + 1, i] != 0:
+            a, b, c, d = t[i, i], t[i, i + 1], t[i + 1, i], t[i + 1, i + 1]
+            log[i + 1, i] = math.atan2(c - b, a + d)
+            i += 2
+        else:
+            if t[i, i] < 0:
+                half_turns.append(i)
+            i += 1
+    for first, second in zip(half_turns[::2], half_turns[1::2], strict=True):
+        log[second, first] = math.pi
+    log -= log.T
+    return z @ log @ z.T
+
+
+def procrustes_rotation(
+    source: Float[Tensor, "*source_batch out in"],
+    target: Float[Tensor, "*target_batch rows cols"],
+    *,
+    proper: bool = True,
+    null: str = "closest",
+    rtol: float | None = None,
+) -> Float[Tensor, "*batch in in"]:
+    """The orthogonal R that minimises ||source @ R - target||_F; R is ``[..., in, in]``.
+
+    R = U Vᵀ with sourceᵀ target = U Σ Vᵀ, computed in float64 where the device has it. Where
+    Σ has zeros (always for wide matrices, out < in) many R are optimal; ``null`` chooses.
+
+    Args:
+        source, target: ``[..., out, in]``, one dtype and device; batch dimensions broadcast.
+        proper: require det R = +1 (Kabsch). If U Vᵀ is a reflection, the direction that costs
+            least is flipped: the smallest singular value's, or one in the null space.
+        null: ``"closest"`` takes, among all optimal R, the one closest to the identity (with
+            2 out < in in O(in out²)). ``"svd"`` keeps the decomposition's arbitrary null vectors.
+        rtol: singular values up to ``rtol`` times the largest count as zero; by default 1e-12
+            for float64 inputs and 1e-7 for all others.
+
+    Differentiable once, where sourceᵀ target has full rank.
+
+    Raises:
+        ValueError: shapes do not match, NaN or infinities, unknown ``null``, bad ``rtol``.
+        TypeError: dtypes differ or are not real floating point.
+        RuntimeError: a gradient is asked for and sourceᵀ target is rank deficient: R then jumps
+            under small changes.
+
+    Source: arXiv 2602.05943, orthogonal Procrustes extraction; the null-space rule and the small
+    form for wide matrices are ours.
+    """
+    check_pair(source, "source", target, "target")
+    if null not in ("closest", "svd"):
+        raise ValueError(f"null must be 'closest' or 'svd', got {null!r}")
+    if rtol is None:
+        rtol = _RANK_TOLERANCE.get(source.dtype, _RANK_TOLERANCE_DEFAULT)
+    if not 0 <= rtol < 1:
+        raise ValueError(f"rtol must be in [0, 1), got {rtol}")
+    check_finite(source, "source")
+    check_finite(target, "target")
+    batch = torch.broadcast_shapes(source.shape[:-2], target.shape[:-2])
+    work = torch.float32 if source.device.type == "mps" else torch.float64
+    s = source.to(work).expand(*batch, *source.shape[-2:])
+    t = target.to(work).expand(*batch, *target.shape[-2:])
+    if torch.is_grad_enabled() and (s.requires_grad or t.requires_grad):
+        rotation = _FullRankProcrustes.apply(s.mT @ t, proper, null, rtol)  # pyrefly: ignore
+    elif null == "closest" and 2 * s.shape[-2] < s.shape[-1]:
+        # R - I lives in the span of the rows of both, of dimension 2 out at most.
+        basis = torch.linalg.qr(torch.cat([s.mT, t.mT], dim=-1)).Q
+        small = _optimal((s @ basis).mT @ (t @ basis), proper, null, rtol)[0]
+        eye = torch.eye(s.shape[-1], dtype=work, device=s.device)
+        rotation = eye + basis @ (small - _eye_like(small)) @ basis.mT
+    else:
+        rotation = _optimal(s.mT @ t, proper, null, rtol)[0]
+    return rotation.to(source.dtype)
+
+
+def _optimal(
+    m: Tensor, proper: bool, null: str, rtol: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Maximise trace(Rᵀ M) over orthogonal R, ties broken as ``null`` says.
+
+    Returns R, the singular values (the last one negative where Kabsch flipped it), Vᵀ, and
+    whether a singular value counts as zero, a Boolean per matrix.
+    """
+    u, values, vh = torch.linalg.svd(m)
+    kept = values > rtol * values[..., :1]
+    deficient = ~kept.all(-1)
+    left, right = u, vh
+    if null == "closest" and bool(deficient.any()):
+        # With N0, N1 the null vectors on either side, R = U1 V1ᵀ + N0 polar(N0ᵀ N1) N1ᵀ is
+        # closest to I. As one batch over any ranks: the polar factor of a block matrix with
+        # N0ᵀ N1 in the null block and, above its singular values (≤ 1), a diagonal > 2.
+        gone = ~kept
+        block = (u.mT @ vh.mT) * (gone[..., :, None] & gone[..., None, :])
+        scale = torch.where(values[..., :1] > 0, values / values[..., :1], 0.0)
+        block = block + torch.diag_embed(torch.where(kept, 2 + scale, 0.0))
+        a, _, bh = torch.linalg.svd(block)
+        left, right = u @ a, bh @ vh
+    rotation = left @ right
+    if proper and m.shape[-1] > 0:
+        # Both factors are sorted, so the last direction is the cheapest one to flip.
+        flip = (torch.linalg.slogdet(rotation).sign < 0).to(m.dtype)[..., None, None]
+        rotation = rotation - 2 * flip * (left[..., :, -1:] @ right[..., -1:, :])
+        values = torch.cat([values[..., :-1], values[..., -1:] * (1 - 2 * flip[..., 0])], dim=-1)
+    return rotation, values, vh, deficient
+
+
+class _FullRankProcrustes(torch.autograd.Function):
+    """``_optimal`` with its derivative: M = R P, P = V Σ Vᵀ symmetric, RᵀdR = Ω skew,
+    Ω P + P Ω = RᵀdM - dMᵀR."""
+
+    @staticmethod
+    def forward(ctx: Any, m: Tensor, proper: bool, null: str, rtol: float) -> Tensor:
+        rotation, values, vh, deficient = _optimal(m, proper, null, rtol)
+        if bool(deficient.any()):
+            raise RuntimeError(
+                "procrustes_rotation has no gradient where sourceᵀ target is rank deficient"
+                f"{in_batch(deficient)}; detach the arguments"
+            )
+        ctx.save_for_backward(rotation, values, vh)
+        return rotation
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyrefly: ignore
+        (grad,) = grad_outputs
+        rotation, values, vh = ctx.saved_tensors
+        inner = vh @ skew(rotation.mT @ grad) @ vh.mT
+        pair = values[..., :, None] + values[..., None, :]
+        return 2 * rotation @ vh.mT @ (inner / pair) @ vh, None, None, None
+
+
+def haar(
+    n: int,
+    m: int | None = None,
+    *,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Float[Tensor, "n m"]:
+    """A random ``[n, m]`` matrix, Haar-distributed: orthonormal columns if n ≥ m, else rows.
+
+    QR of a Gaussian matrix with the signs of R's diagonal moved into Q, without which the
+    distribution would not be invariant. ``m`` is ``n`` by default; a square sample has
+    determinant +1 or -1 with equal chance. ``dtype`` is torch's default, ``device`` the
+    generator's if there is one.
+
+    Raises:
+        ValueError: ``n`` or ``m`` is negative.
+        TypeError: ``n`` or ``m`` is not an integer, ``dtype`` not real floating point.
+
+    Source: Mezzadri, "How to generate random matrices from the classical compact groups",
+    Notices of the AMS 54 (2007).
+    """
+    n = operator.index(n)
+    m = n if m is None else operator.index(m)
+    if n < 0 or m < 0:
+        raise ValueError(f"n and m must be at least 0, got {n} and {m}")
+    dtype = dtype or torch.get_default_dtype()
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype must be real floating point, got {dtype}")
+    if device is None and generator is not None:
+        device = generator.device
+    size, work = (max(n, m), min(n, m)), compute_dtype(dtype)
+    q, r = torch.linalg.qr(torch.randn(size, generator=generator, dtype=work, device=device))
+    diagonal = r.diagonal(dim1=-2, dim2=-1)
+    q = (q * torch.where(diagonal < 0, -1.0, 1.0).to(q.dtype)).to(dtype)
+    return q if n >= m else q.mT.contiguous()
+
+
+def _eye_like(x: Tensor) -> Tensor:
+    return torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)

@@ -1,0 +1,19 @@
+"""Optimizers that treat weight matrices as matrices, drop-in for ``torch.optim``.
+
+>>> import torch
+>>> from stiefel.optim import NorMuon, split_parameters
+>>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+>>> optimizer = NorMuon(split_parameters(model), lr=1e-3)
+>>> model(torch.ones(2, 8)).sum().backward()
+>>> _ = optimizer.step()
+"""
+
+from stiefel.optim.groups import describe_groups as describe_groups
+from stiefel.optim.groups import split_parameters as split_parameters
+from stiefel.optim.muon import Muon as Muon
+from stiefel.optim.normuon import NorMuon as NorMuon
+from stiefel.optim.normuon import normuon_direction as normuon_direction
+from stiefel.optim.rmnp import RMNP as RMNP
+from stiefel.optim.rmnp import polar_cosine as polar_cosine
+from stiefel.optim.rmnp import rmnp_direction as rmnp_direction
+from stiefel.optim.rmnp import row_dominance as row_dominance

@@ -1,0 +1,101 @@
+"""Optimizers whose direction is the polar factor of the momentum: Muon and its family."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from stiefel.linalg.coefficients import NAMES, Table, as_table, check_guards
+from stiefel.linalg.schulz import (
+    chunk_size,
+    normalize_into,
+    orthogonalize_,
+    product_dtype,
+)
+from stiefel.optim.base import Batch, MatrixOptimizer, apply_update
+
+Coefficients = str | Sequence[Sequence[float]]
+
+
+class OrthogonalOptimizer(MatrixOptimizer):
+    """Momentum → polynomial polar factor → :meth:`_factor` → weights, a few matrices at a time.
+
+    Scratch memory is a few matrices, whatever the number of parameters: equal shapes are worked on
+    in stacks that fit the cache (CPU) or fill the device (accelerators).
+    """
+
+    def _factor(self, group: dict[str, Any], o: Tensor, batch: Batch) -> Tensor | float:
+        """What the orthogonal updates (k, R, C) are multiplied with, learning rate included."""
+        raise TypeError(f"{type(self).__name__} has no size rule; use one of its subclasses")
+
+    def _eps(self, group: dict[str, Any]) -> float | None:
+        """Added to the momentum's norm; None takes what the coefficients were published with."""
+        return None
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        ns = group["ns"]
+        rule = as_table(ns)
+        if not isinstance(ns, str):
+            check_guards(rule)
+            group["ns"] = rule.triples
+        dtype = group["ns_dtype"]
+        if dtype is not None and dtype not in (torch.bfloat16, torch.float32, torch.float64):
+            raise ValueError(f"ns_dtype must be bfloat16, float32, float64 or None, got {dtype}")
+
+    def _update(self, group: dict[str, Any], batch: Batch) -> None:
+        rule, (rows, cols) = as_table(group["ns"]), batch.shape
+        first = batch.params[0]
+        dtype = group["ns_dtype"] or _precision(first)
+        decay = 1 - float(group["lr"]) * group["weight_decay"]
+        size = chunk_size(len(batch), rows, cols, first.device)
+        for start in range(0, len(batch), size):
+            part = batch[start : start + size]
+            part.advance(self._momentum(group))
+            shape = (len(part), rows, cols)
+            x = self._space.take("o", shape, dtype, first.device)
+            self._normalize(group, part, x, rule)
+            o = orthogonalize_(x, rule, self._space)
+            apply_update(part.params, o, self._factor(group, o, part), decay)
+
+    def _normalize(self, group: dict[str, Any], part: Batch, x: Tensor, rule: Table) -> None:
+        """``x`` ← the (Nesterov) momenta, each divided by its norm."""
+        if not group["nesterov"] and len(part) == 1:
+            normalize_into(x, part.momenta[0][None], rule, self._eps(group))
+            return
+        first = part.params[0]
+        u = self._space.take("u", tuple(x.shape), first.dtype, first.device)
+        momentum = self._momentum(group)
+        for i, (g, m) in enumerate(zip(part.grads, part.momenta, strict=True)):
+            if group["nesterov"]:
+                torch.lerp(g, m, momentum, out=u[i])
+            else:
+                u[i].copy_(m)
+        normalize_into(x, u, rule, self._eps(group))
+
+
+def orthogonal_defaults(
+    ns: Coefficients, nesterov: bool, ns_dtype: torch.dtype | None
+) -> dict[str, Any]:
+    """The settings that every optimizer of the family has; ``ns`` must at least be readable."""
+    if isinstance(ns, str) and ns not in NAMES:
+        raise ValueError(
+            f"ns must be one of {', '.join(NAMES)} or a sequence of (a, b, c), got {ns!r}"
+        )
+    return {"ns": ns, "nesterov": bool(nesterov), "ns_dtype": ns_dtype}
+
+
+def squared_norms(o: Float[Tensor, "*batch m n"], dim: int) -> Tensor:
+    """Sums of squares along a dimension, kept, accumulated at least in float32."""
+    dtype = torch.float64 if o.dtype == torch.float64 else torch.float32
+    return torch.linalg.vector_norm(o, dim=dim, keepdim=True, dtype=dtype).square_()
+
+
+def _precision(parameter: Tensor) -> torch.dtype:
+    if parameter.dtype == torch.float64:
+        return torch.float64
+    return product_dtype(parameter.device.type)

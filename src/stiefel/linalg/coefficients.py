@@ -10,10 +10,13 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
 Triple = tuple[float, float, float]
+# A name of NAMES, one triple (a, b, c), or one triple per step, as lists or arrays.
+Coefficients = str | Sequence[Any] | np.ndarray
 
 # Jordan et al. 2024: one triple for all steps, tuned for slope at 0.
 CLASSIC: Triple = (3.4445, -4.7750, 2.0315)
@@ -143,7 +146,7 @@ def table(coefficients: str | tuple[Triple, ...], steps: int | None = None) -> T
     return Table(_rows("coefficients", coefficients, steps))
 
 
-def as_table(coefficients: str | Sequence[Sequence[float]], steps: int | None = None) -> Table:
+def as_table(coefficients: Coefficients, steps: int | None = None) -> Table:
     """:func:`table` for whatever a user may pass: nested lists, arrays, one bare triple.
 
     Raises:
@@ -174,7 +177,6 @@ _DEAD_ZONE = 0.02  # singular values below are allowed to stay small
 _NOISE = 0.005  # one bfloat16 rounding
 
 
-@lru_cache(maxsize=64)
 def check_guards(table: Table) -> None:
     """Refuse a polynomial that could hurt training; warn of one that is merely weak.
 
@@ -185,12 +187,23 @@ def check_guards(table: Table) -> None:
 
     Raises:
         ValueError: a guard of the first kind, or a negative output: names σ₀ and its image.
+
     Warns:
         UserWarning: the other guards.
     """
+    unsafe, weak = _guard_report(table)
+    if unsafe is not None:
+        raise ValueError(unsafe)
+    if weak is not None:
+        warnings.warn(f"weak Newton–Schulz coefficients: {weak}", UserWarning, stacklevel=2)
+
+
+@lru_cache(maxsize=64)
+def _guard_report(table: Table) -> tuple[str | None, str | None]:
+    """What makes the table unsafe and what makes it weak, if anything."""
     start = np.linspace(0.0, 1.02, 100_001)[1:]
     above = start > _DEAD_ZONE
-    weak: list[str] = []
+    weak = None
     for pattern in ((0.0, 0.0), (_NOISE, _NOISE), (-_NOISE, -_NOISE), (_NOISE, -_NOISE)):
         x = start / table.safety
         for step, (a, b, c) in enumerate(table.triples):
@@ -199,21 +212,19 @@ def check_guards(table: Table) -> None:
                 x = x * (a + square * (b + c * square)) * (1 + pattern[step % 2])
             if step < table.steps - 1 and (low := np.nanmin(x[above])) < _INTERMEDIATE_MIN:
                 at = start[above][np.nanargmin(x[above])]
-                weak.append(f"σ₀ = {at:.4f} is {low:.4f} after step {step + 1} (≥ 0.04 wanted)")
+                weak = f"σ₀ = {at:.4f} is {low:.4f} after step {step + 1} (≥ 0.04 wanted)"
         bad = ~(x <= _OUTPUT_MAX) | ~(x > 0)
         if bad.any():
             worst = int(np.argmax(np.where(bad, np.abs(np.nan_to_num(x, nan=np.inf)), -1.0)))
-            raise ValueError(
+            return (
                 f"coefficients send the singular value σ₀ = {start[worst]:.4f} to {x[worst]:.4g}; "
                 f"outputs must lie in (0, {_OUTPUT_MAX}] for every σ₀ in (0, 1.02]"
                 + (f" when steps are off by {_NOISE:.1%}" if any(pattern) else "")
-            )
+            ), None
         if (low := x[above].min()) < _OUTPUT_MIN:
-            weak.append(
-                f"σ₀ = {start[above][x[above].argmin()]:.4f} ends at {low:.4f} (≥ 0.5 wanted)"
-            )
-    if weak:
-        warnings.warn("weak Newton–Schulz coefficients: " + weak[0], UserWarning, stacklevel=3)
+            at = start[above][x[above].argmin()]
+            weak = f"σ₀ = {at:.4f} ends at {low:.4f} (≥ 0.5 wanted)"
+    return None, weak
 
 
 def _up_to(restarts: tuple[int, ...], steps: int | None) -> tuple[int, ...] | None:

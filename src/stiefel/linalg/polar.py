@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stiefel.linalg.coefficients import as_table
+from stiefel.linalg.coefficients import Coefficients, as_table
 
 _LOW = (torch.float16, torch.bfloat16)
 
@@ -17,7 +16,7 @@ _LOW = (torch.float16, torch.bfloat16)
 def newton_schulz(
     x: Float[Tensor, "*batch m n"],
     steps: int = 5,
-    coefficients: str | Sequence[Sequence[float]] = "classic",
+    coefficients: Coefficients = "classic",
     eps: float = 1e-7,
 ) -> Float[Tensor, "*batch m n"]:
     """Approximate polar factor by an odd quintic iteration.
@@ -46,18 +45,20 @@ def newton_schulz(
     if steps < 0:
         raise ValueError(f"steps must be ≥ 0, got {steps}")
     rule = as_table(coefficients, steps)
+    if x.numel() == 0:
+        return x.clone()
     work = x.float() if x.dtype == torch.float16 else x
     norm = frobenius_norm(work)
     work = work / (norm * rule.safety + eps).to(work.dtype)
     tall = work.shape[-2] > work.shape[-1]
+    work = work.reshape(-1, *work.shape[-2:])
     for a, b, c in rule.triples:
-        if tall:  # the same polynomial on the short side: no transposed copy
-            gram = work.mT @ work
-            work = a * work + work @ (b * gram + c * (gram @ gram))
-        else:
-            gram = work @ work.mT
-            work = a * work + (b * gram + c * (gram @ gram)) @ work
-    return work.to(x.dtype)
+        # The sums ride in the products' accumulators: one rounding each in low precision.
+        gram = work.mT @ work if tall else work @ work.mT
+        inner = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        left, right = (work, inner) if tall else (inner, work)
+        work = torch.baddbmm(work, left, right, beta=a)
+    return work.reshape(x.shape).to(x.dtype)
 
 
 def polar(x: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch m n"]:

@@ -129,18 +129,16 @@ def rotation_exp(q: Float[Tensor, "*batch n m"]) -> Float[Tensor, "*batch n n"]:
     theta = _PADE_THETA if work.dtype == torch.float64 else _PADE_THETA_SINGLE
     # Every matrix is halved as often as it needs, so a small one keeps its relative accuracy.
     norm = torch.linalg.matrix_norm(work.detach(), ord=1, keepdim=True)
-    if bool((norm > 1 / torch.finfo(work.dtype).eps).any()):
-        raise ValueError(
-            f"q is too large to keep a digit of exp(q): 1-norm {float(norm.max()):.1e}"
-        )
+    size = float(norm.max())
+    if size > 1 / torch.finfo(work.dtype).eps:
+        raise ValueError(f"q is too large to keep a digit of exp(q): 1-norm {size:.1e}")
     halvings = (norm / theta).log2().ceil().clamp(min=0).to(torch.int32)
     # The gradient of ldexp itself is zero for negative integer exponents (torch 2.13).
     x = work * torch.ldexp(torch.ones_like(norm), -halvings)
     x2 = x @ x
     x4 = x2 @ x2
     x6 = x4 @ x2
-    b = _PADE
-    eye = _eye_like(x)
+    eye, b = _eye_like(x), _PADE
     odd = x @ (b[7] * x6 + b[5] * x4 + b[3] * x2 + b[1] * eye)
     even = b[6] * x6 + b[4] * x4 + b[2] * x2 + b[0] * eye
     r = torch.linalg.solve(even - odd, even + odd)

@@ -63,6 +63,8 @@ def orthogonalize(
     with torch.no_grad():
         if dtype is None:
             dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+        if x.numel() == 0:
+            return x.clone()
         stack = x.reshape(-1, *x.shape[-2:])
         work = torch.empty(stack.shape, dtype=dtype, device=x.device)
         normalize_into(work, stack, rule)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stiefel.linalg.coefficients import Coefficients
 from stiefel.optim.base import (
     Batch,
     adamw_defaults,
@@ -16,7 +17,6 @@ from stiefel.optim.base import (
     scale_factor,
 )
 from stiefel.optim.orthogonal import (
-    Coefficients,
     OrthogonalOptimizer,
     orthogonal_defaults,
     squared_norms,

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from stiefel.linalg.coefficients import Coefficients
 from stiefel.optim.base import (
     Batch,
     adamw_defaults,
@@ -18,7 +19,6 @@ from stiefel.optim.base import (
     scale_factor,
 )
 from stiefel.optim.orthogonal import (
-    Coefficients,
     OrthogonalOptimizer,
     orthogonal_defaults,
     squared_norms,

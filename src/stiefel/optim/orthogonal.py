@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stiefel.linalg.coefficients import NAMES, Table, as_table, check_guards
+from stiefel.linalg.coefficients import NAMES, Coefficients, Table, as_table, check_guards
 from stiefel.linalg.schulz import (
     chunk_size,
     normalize_into,
@@ -17,8 +16,6 @@ from stiefel.linalg.schulz import (
     product_dtype,
 )
 from stiefel.optim.base import Batch, MatrixOptimizer, apply_update
-
-Coefficients = str | Sequence[Sequence[float]]
 
 
 class OrthogonalOptimizer(MatrixOptimizer):

@@ -1,0 +1,246 @@
+"""Ours against peers in one run: step time, state, peak memory, orthogonality error.
+
+    make bench            # or: python benchmarks/run.py --json build/bench.json
+
+Times are CPU times of one thread, all candidates in turn, median over rounds: on a shared machine
+only the ratios mean something. Peers that are not installed are left out and named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import platform
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from recorded import record
+from rich.console import Console
+from rich.table import Table as RichTable
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from stiefel.linalg import orthogonality_error
+from stiefel.linalg.coefficients import NAMES, scalar_image, table
+from stiefel.linalg.polar import newton_schulz
+from stiefel.linalg.schulz import normalize_into, orthogonalize, product_dtype
+from stiefel.optim import RMNP, Muon, NorMuon, rmnp_direction
+
+SHAPES = ((384, 384),) * 24 + ((1536, 384),) * 6 + ((384, 1536),) * 6
+LARGEST_STACK = 6 * 1536 * 384 * 4  # bytes, float32
+
+
+def parameters() -> list[nn.Parameter]:
+    """Six layers of width 384: 10.6 million numbers with gradients."""
+    generator = torch.Generator().manual_seed(0)
+    params = []
+    for shape in SHAPES:
+        parameter = nn.Parameter(0.05 * torch.randn(shape, generator=generator))
+        parameter.grad = torch.randn(shape, generator=generator)
+        params.append(parameter)
+    return params
+
+
+def candidates() -> dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]]:
+    """Name → optimizer on given parameters."""
+    found: dict[str, Callable] = {
+        "torch.optim.AdamW(fused=True)": lambda p: torch.optim.AdamW(p, fused=True),
+        "torch.optim.AdamW(foreach=True)": lambda p: torch.optim.AdamW(p, foreach=True),
+        "torch.optim.Muon": lambda p: torch.optim.Muon(p),
+        "stiefel Muon": lambda p: Muon(p),
+        "stiefel Muon ns=fast": lambda p: Muon(p, ns="fast"),
+        "stiefel Muon ns=classic": lambda p: Muon(p, ns="classic"),
+        "stiefel Muon ns=polar_express": lambda p: Muon(p, ns="polar_express"),
+        "stiefel NorMuon": lambda p: NorMuon(p),
+        "stiefel NorMuon nesterov": lambda p: NorMuon(p, nesterov=True),
+        "stiefel NorMuon ns=fast": lambda p: NorMuon(p, ns="fast"),
+        "stiefel RMNP": lambda p: RMNP(p),
+        "stiefel RMNP weight_decay=0.1": lambda p: RMNP(p, weight_decay=0.1),
+    }
+    if importlib.util.find_spec("pytorch_optimizer"):
+        import pytorch_optimizer as peer
+
+        def grouped(cls: type) -> Callable:
+            return lambda p: cls([{"params": p, "use_muon": True}])
+
+        found["pytorch_optimizer Muon"] = grouped(peer.Muon)
+        found["pytorch_optimizer NorMuon"] = grouped(peer.NorMuon)
+    return found
+
+
+def in_turn(tasks: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median CPU seconds of every task, one after the other in each round."""
+    times: dict[str, list[float]] = {name: [] for name in tasks}
+    for name, task in tasks.items():
+        task()  # allocation of state, dispatch caches
+    for _ in range(rounds):
+        for name, task in tasks.items():
+            start = time.thread_time()
+            task()
+            times[name].append(time.thread_time() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def peak_bytes(task: Callable[[], object]) -> int:
+    """Most memory that ``task`` held at one time beyond what was there before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        task()
+    held = peak = 0
+    for event in profiled.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of all tensors in the optimizer's state."""
+    tensors = (v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor))
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def steps(rounds: int) -> list[dict]:
+    """Step time, state and scratch memory of every optimizer."""
+    optimizers = {name: make(parameters()) for name, make in candidates().items()}
+    seconds = in_turn({name: o.step for name, o in optimizers.items()}, rounds)
+    rows = []
+    for name, optimizer in optimizers.items():
+        # A fresh one: scratch that is kept between steps counts as well.
+        fresh = candidates()[name](parameters())
+        scratch = peak_bytes(fresh.step) - state_bytes(fresh)
+        rows.append(
+            {
+                "optimizer": name,
+                "ms": 1e3 * seconds[name],
+                "to_muon": seconds[name] / seconds["torch.optim.Muon"],
+                "to_adamw": seconds[name] / seconds["torch.optim.AdamW(foreach=True)"],
+                "state_mb": state_bytes(optimizer) / 1e6,
+                "scratch_in_stacks": max(scratch, 0) / LARGEST_STACK,
+            }
+        )
+    return rows
+
+
+def errors() -> list[dict]:
+    """Mean (σ − 1)² of every table, relative to classic, as it runs (products in bfloat16)."""
+    generator = torch.Generator().manual_seed(0)
+    stacks = {
+        f"Gaussian {m}×{n}": torch.randn(1, m, n, generator=generator)
+        for m, n in ((384, 384), (384, 1536))
+    }
+    for (step, (rows, cols)), stack in record().items():
+        stacks[f"recorded step {step}, {rows}×{cols}"] = stack
+    rows = []
+    for source, stack in stacks.items():
+        row: dict = {"spectrum": source}
+        for name in NAMES:
+            rule = table(name)
+            out = orthogonalize(stack, rule, dtype=product_dtype("cpu"))
+            row[name] = float(orthogonality_error(out)[1].median())
+            row[f"{name}_sigma_max"] = float(torch.linalg.svdvals(out).max())
+            sigma = torch.linalg.svdvals(stack.double())
+            sigma /= rule.safety * sigma.norm(dim=-1, keepdim=True)
+            image = torch.from_numpy(scalar_image(sigma.numpy(), rule.triples))
+            row[f"{name}_float64"] = float((image - 1).square().mean(-1).median())
+        rows.append(row)
+    return rows
+
+
+def preconditioning(rounds: int) -> dict[str, float]:
+    """Time of Newton–Schulz against row normalisation, products in the native type and float32."""
+    matrices = [p.detach() for p in parameters()]
+
+    def schulz(dtype: torch.dtype) -> None:
+        for x in matrices:
+            newton_schulz(x.to(dtype))
+
+    seconds = in_turn(
+        {
+            "newton_schulz native": lambda: schulz(product_dtype("cpu")),
+            "newton_schulz float32": lambda: schulz(torch.float32),
+            "row normalisation": lambda: [rmnp_direction(x) for x in matrices],
+            "functional.normalize": lambda: [nn.functional.normalize(x, dim=-1) for x in matrices],
+        },
+        rounds,
+    )
+    return {name: 1e3 * value for name, value in seconds.items()}
+
+
+def engine(rounds: int) -> dict[str, float]:
+    """The orthogonaliser alone against the plain loop with the same triples, CPU ms."""
+    stacks = [torch.randn(24, 384, 384), torch.randn(6, 384, 1536), torch.randn(6, 1536, 384)]
+    dtype = product_dtype("cpu")
+
+    def plain(name: str) -> None:
+        rule = table(name)
+        for stack in stacks:
+            for x in stack:
+                work = torch.empty(x.shape, dtype=dtype)
+                normalize_into(work, x, rule)
+                newton_schulz(work, rule.steps, name)
+
+    tasks: dict[str, Callable[[], object]] = {}
+    for name in ("fitted", "fast"):
+        tasks[f"plain {name}"] = lambda name=name: plain(name)
+        tasks[f"fast algorithm {name}"] = lambda name=name: [
+            orthogonalize(s, table(name), dtype=dtype) for s in stacks
+        ]
+    return {name: 1e3 * value for name, value in in_turn(tasks, rounds).items()}
+
+
+def show(console: Console, title: str, rows: list[dict]) -> None:
+    """Print rows as a table."""
+    shown = RichTable(title=title, title_justify="left")
+    keys = [k for k in rows[0] if not k.endswith(("_float64", "_sigma_max"))]
+    for key in keys:
+        shown.add_column(key, justify="left" if isinstance(rows[0][key], str) else "right")
+    for row in rows:
+        shown.add_row(*(v if isinstance(v, str) else f"{v:.4g}" for v in map(row.get, keys)))
+    console.print(shown)
+
+
+def main() -> None:
+    """Run all, print the tables, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=9, help="rounds per timing, at least 5")
+    parser.add_argument("--json", type=Path, default=Path("build/bench.json"))
+    parser.add_argument("--only", choices=("steps", "errors", "engine"), default=None)
+    options = parser.parse_args()
+    if options.rounds < 5:
+        parser.error("--rounds must be at least 5")
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore", UserWarning)  # empty elementwise groups: on purpose here
+    console = Console()
+    result: dict = {
+        "machine": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+        "products": str(product_dtype("cpu")),
+        "rounds": options.rounds,
+    }
+    if not importlib.util.find_spec("pytorch_optimizer"):
+        console.print('pytorch_optimizer is left out; for it: pip install "stiefel[bench]"')
+    if options.only in (None, "steps"):
+        result["steps"] = steps(options.rounds)
+        show(console, "One step, 36 matrices of 10.6 million numbers", result["steps"])
+        result["preconditioning_ms"] = preconditioning(options.rounds)
+        show(console, "Preconditioning alone, ms", [result["preconditioning_ms"]])
+    if options.only in (None, "engine"):
+        result["engine_ms"] = engine(options.rounds)
+        show(console, "Orthogonalising alone, ms", [result["engine_ms"]])
+    if options.only in (None, "errors"):
+        result["errors"] = errors()
+        show(console, "Mean (σ − 1)² after orthogonalising", result["errors"])
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(result, indent=1) + "\n")
+    console.print(f"written to {options.json}")
+
+
+if __name__ == "__main__":
+    main()

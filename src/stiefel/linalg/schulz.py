@@ -96,14 +96,16 @@ def orthogonalize_(
     if rule.steps == 0 or x.numel() == 0:
         return x
     spare = space.take("x", (k, m, n), x.dtype, x.device)
-    square = [space.take(f"s{i}", (k, short, short), x.dtype, x.device) for i in range(4)]
+    r, p, q, t = (
+        space.take(name, (k, short, short), x.dtype, x.device) for name in ("r", "p", "q", "t")
+    )
     step = 0
     for length in _segments(rule, long / short):
         triples = rule.triples[step : step + length]
         step += length
-        _symmetric(square[0], *((x.mT, x) if tall else (x, x.mT)))
-        q = _gram_polynomial(*square, triples)
-        torch.bmm(*((x, q) if tall else (q, x)), out=spare)
+        _symmetric(r, *((x.mT, x) if tall else (x, x.mT)))
+        polynomial = _gram_polynomial(r, p, q, t, triples)
+        torch.bmm(*((x, polynomial) if tall else (polynomial, x)), out=spare)
         x, spare = spare, x
     return x
 

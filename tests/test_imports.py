@@ -1,0 +1,124 @@
+"""What an import costs, what it drags in, and that the public names are there and explained."""
+
+import importlib
+import json
+import re
+import statistics
+import subprocess
+import sys
+import types
+
+import pytest
+
+HEAVY = {"torch", "numpy", "scipy", "matplotlib", "jinja2", "sklearn", "transformers", "pandas"}
+
+# What the contract between the parts promises; a home may hold more.
+PROMISED = {
+    "linalg": "newton_schulz polar cayley inverse_cayley rotation_exp rotation_log skew "
+    "procrustes_rotation haar dct idct dct_matrix orthogonality_error",
+    "optim": "Muon NorMuon RMNP normuon_direction rmnp_direction split_parameters describe_groups",
+    "papers": "all_papers get Paper Claim Measurement Verdict Scale",
+    "atlas": "reproduce build_page",
+}
+
+
+def in_fresh_python(code):
+    """What ``code`` prints, as JSON; nothing that pytest has loaded is there."""
+    return json.loads(subprocess.check_output([sys.executable, "-c", code], text=True))
+
+
+def modules_after(statement):
+    """All modules that a fresh interpreter has loaded after this statement."""
+    return set(in_fresh_python(f"import sys, json\n{statement}\nprint(json.dumps([*sys.modules]))"))
+
+
+def packages(modules):
+    """Their top-level names."""
+    return {name.partition(".")[0] for name in modules}
+
+
+def test_the_bare_import_loads_nothing_heavy():
+    loaded = modules_after("import stiefel")
+    assert "stiefel" in loaded
+    assert packages(loaded) & HEAVY == set()
+    assert {name for name in loaded if name.startswith("stiefel.")} == set()
+
+
+def test_the_list_of_papers_needs_no_figure_and_no_page():
+    loaded = modules_after("import stiefel.papers; stiefel.papers.all_papers()")
+    assert packages(loaded) & {"matplotlib", "jinja2", "sklearn", "transformers"} == set()
+
+
+def test_methods_load_only_torch_and_shapes():
+    base = packages(modules_after("import torch, numpy, jaxtyping"))
+    loaded = modules_after("import stiefel.linalg, stiefel.optim")
+    assert packages(loaded) - base - sys.stdlib_module_names == {"stiefel"}
+    assert {"matplotlib", "scipy", "sklearn", "jinja2"} & packages(loaded) == set()
+
+
+def test_methods_cost_at_most_150_ms_beyond_torch():
+    """CPU time, as other processes share the cores; median of five."""
+    code = "\n".join(
+        [
+            "import time, torch",
+            "start = time.process_time()",
+            "import stiefel.linalg, stiefel.optim",
+            "print(time.process_time() - start)",
+        ]
+    )
+    seconds = statistics.median(in_fresh_python(code) for _ in range(5))
+    assert seconds <= 0.150, f"{1000 * seconds:.0f} ms"
+
+
+def public(home):
+    """Names and values that a home offers: no modules, nothing that starts with ``_``."""
+    module = importlib.import_module(f"stiefel.{home}")
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith("_") and not isinstance(value, types.ModuleType)
+    }
+
+
+@pytest.mark.parametrize("home", PROMISED)
+def test_promised_names_are_there(home):
+    module = importlib.import_module(f"stiefel.{home}")
+    assert [name for name in PROMISED[home].split() if not hasattr(module, name)] == []
+
+
+@pytest.mark.parametrize("home", ["linalg", "optim", "papers", "atlas", "data"])
+def test_public_names_are_explained(home):
+    """Its own docstring, not the signature that ``dataclass`` puts where there is none."""
+    ours = {
+        name: value
+        for name, value in public(home).items()
+        if callable(value) and getattr(value, "__module__", "").startswith("stiefel")
+    }
+    assert ours, f"stiefel.{home} offers nothing"
+    bare = [
+        name
+        for name, value in ours.items()
+        if not value.__doc__ or re.match(rf"{value.__name__}\(", value.__doc__)
+    ]
+    assert bare == []
+
+
+def test_homes_load_when_touched():
+    code = "\n".join(
+        [
+            "import sys, json, stiefel",
+            "before = 'stiefel.linalg' in sys.modules",
+            "stiefel.linalg.polar",
+            "print(json.dumps([before, 'stiefel.linalg' in sys.modules, dir(stiefel)]))",
+        ]
+    )
+    before, after, names = in_fresh_python(code)
+    assert (before, after) == (False, True)
+    assert {"linalg", "optim", "papers", "atlas", "data", "__version__"} <= set(names)
+
+
+def test_an_unknown_home_is_an_attribute_error():
+    import stiefel
+
+    with pytest.raises(AttributeError, match="no attribute 'linalgebra'"):
+        _ = stiefel.linalgebra

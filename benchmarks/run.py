@@ -77,7 +77,7 @@ def candidates() -> dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimiz
 def in_turn(tasks: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Median CPU seconds of every task, one after the other in each round."""
     times: dict[str, list[float]] = {name: [] for name in tasks}
-    for name, task in tasks.items():
+    for task in tasks.values():
         task()  # allocation of state, dispatch caches
     for _ in range(rounds):
         for name, task in tasks.items():

@@ -1,8 +1,9 @@
-"""What a paper is here: a claim, an experiment that measures it, and a verdict computed from both."""
+"""What a paper is here: a claim, an experiment that measures it, a verdict computed from both."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -62,9 +63,9 @@ class Judgement:
 class Claim:
     """One statement of a paper, as a bound on one metric.
 
-    Exactly one of ``at_most`` and ``at_least`` is given. The claim is reproduced when the whole 95 %
-    interval of the metric's mean over seeds keeps the bound, not reproduced when the whole interval
-    breaks it, and inconclusive otherwise, as always with fewer than two seeds.
+    Exactly one of ``at_most`` and ``at_least`` is given. The claim is reproduced when the whole
+    95 % interval of the metric's mean over seeds keeps the bound, not reproduced when the whole
+    interval breaks it, and inconclusive otherwise, as always with fewer than two seeds.
     """
 
     text: str
@@ -96,6 +97,12 @@ class Claim:
         Raises:
             KeyError: a measurement lacks the metric.
         """
+        for m in measurements:
+            if self.metric not in m.metrics:
+                raise KeyError(
+                    f"seed {m.seed} has no metric {self.metric!r}; "
+                    f"it has {', '.join(sorted(m.metrics)) or 'none'}"
+                )
         values = [float(m.metrics[self.metric]) for m in measurements]
         mean, lo, hi = mean_interval(values)
         if len(values) < 2 or math.isnan(mean):
@@ -112,21 +119,38 @@ class Claim:
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
-    """Mean and two-sided Student-t confidence interval; infinite with fewer than two values."""
+    """Mean of ``values`` and its two-sided Student-t confidence interval ``(mean, lo, hi)``.
+
+    With fewer than two values the interval is the whole line. Values that are all the same
+    infinity (a target that no seed reached) have themselves as mean and interval; NaN, or
+    infinities mixed with anything else, leave the interval the whole line.
+
+    Raises:
+        ValueError: ``confidence`` is not between 0 and 1.
+    """
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
     n = len(values)
-    if n == 0:
+    if n == 0 or any(math.isnan(v) for v in values):
         return math.nan, -math.inf, math.inf
-    mean = math.fsum(values) / n
+    if any(math.isinf(v) for v in values):
+        mean = values[0] if len(set(values)) == 1 else math.nan
+        return (mean, mean, mean) if n > 1 and not math.isnan(mean) else (mean, -math.inf, math.inf)
+    # Rounding must not push the mean of equal values off their value, and so across a bound.
+    mean = min(max(math.fsum(values) / n, min(values)), max(values))
     if n == 1:
         return mean, -math.inf, math.inf
-    from scipy.stats import t  # imported here: scipy.stats alone costs 0.5 s
+    from scipy.special import stdtrit  # imported here: `stiefel list` needs no statistics
 
     spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
-    half = float(t.ppf(0.5 + confidence / 2, n - 1)) * spread / math.sqrt(n)
+    half = float(stdtrit(n - 1, 0.5 + confidence / 2)) * spread / math.sqrt(n)
     return mean, mean - half, mean + half
 
 
 Experiment = Callable[["Scale", int, "Progress"], Measurement]
+"""Trains, solves, measures: ``experiment(scale, seed, progress)``. It runs in a process of its own,
+so it must be importable by module and name; modules that hold one import torch only inside it."""
+
 FigureMaker = Callable[[Sequence[Measurement]], "Figure"]
 
 
@@ -150,6 +174,7 @@ class Paper:
     """The headline; its verdict is the paper's."""
     experiment: Experiment
     figure: FigureMaker
+    """Draws all seeds. Of several panels the first goes on the card."""
     snippet: str
     """The five lines a user would paste."""
     others: tuple[Claim, ...] = ()
@@ -158,6 +183,17 @@ class Paper:
     """What a reader must know to read the verdict: controls, limits of the scale."""
     seconds: float = 60.0
     """Rough cost at laptop scale, all seeds, two cores. Cheap papers run first."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", self.slug):
+            raise ValueError(
+                f"slug must be lower-case words joined by hyphens (it names files), "
+                f"got {self.slug!r}"
+            )
+        if not re.fullmatch(r"\d{4}-\d{2}(-\d{2})?", self.published):
+            raise ValueError(f"published must be YYYY-MM or YYYY-MM-DD, got {self.published!r}")
+        if self.code is not None and not re.match(r"https?://", self.code):
+            raise ValueError(f"code must be an http(s) address or None, got {self.code!r}")
 
     @property
     def claims(self) -> tuple[Claim, ...]:

@@ -11,7 +11,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from stiefel.papers.closure import code_digest, runtime
 from stiefel.papers.storage import write_json
+
+Report = Callable[[float, str], None]
+Compute = Callable[[Mapping[str, Any], Report], dict[str, Any]]
 
 
 class Progress:
@@ -28,19 +32,19 @@ class Progress:
 
     def __init__(
         self,
-        report: Callable[[float, str], None] | None = None,
+        report: Report | None = None,
         store: Path | None = None,
         fingerprint: str = "",
     ) -> None:
         """Report to ``report``; keep shared results under ``store`` (in memory only if None).
 
-        ``fingerprint`` stands for the code and versions behind the results: another fingerprint
-        never finds them.
+        Results are found again only by the same code and versions (:func:`code_digest` of what
+        computes them, :func:`runtime`); ``fingerprint`` adds anything else they may depend on.
         """
         self._report = report
         self._store = store
         self._fingerprint = fingerprint
-        self._memory: dict[str, Any] = {}
+        self._memory: dict[str, str] = {}
 
     def __call__(self, fraction: float, message: str = "") -> None:
         """Say that ``fraction`` (0 to 1) is done."""
@@ -51,7 +55,7 @@ class Progress:
         self,
         kind: str,
         configs: Sequence[Mapping[str, Any]],
-        compute: Callable[[Mapping[str, Any], Callable[[float, str], None]], dict[str, Any]],
+        compute: Compute,
         *,
         span: tuple[float, float] = (0.0, 1.0),
     ) -> list[dict[str, Any]]:
@@ -59,57 +63,75 @@ class Progress:
 
         Processes that ask for overlapping configs at one time split them among themselves: each
         takes the next that nobody holds, and waits only for what others are computing. A process
-        that dies frees what it held.
+        that dies frees what it held. Papers share what they compute with the same function, so
+        that function belongs in a module of its own.
 
         Args:
             kind: Names the computation; part of the key.
             configs: JSON-able settings, the whole input of ``compute``.
-            compute: Returns a JSON-able dict.
+            compute: Returns a JSON-able dict (NaN and infinities allowed). Everyone gets it as
+                JSON gives it back: tuples are lists, keys are strings.
             span: The part of this experiment's progress that these computations make up.
+
+        Raises:
+            TypeError: a config or a result is not JSON-able.
         """
-        keys = [self._key(kind, c) for c in configs]
+        code = [code_digest(compute), getattr(compute, "__qualname__", ""), runtime()]
+        keys = [self._key([kind, code, self._fingerprint, dict(c)]) for c in configs]
+        total = len(set(keys))
         done: dict[str, dict[str, Any]] = {}
         start, width = span[0], span[1] - span[0]
 
+        def report(fraction: float, message: str) -> None:
+            self(start + width * (len(done) + fraction) / total, message)
+
         while True:
-            waiting = False
             for key, config in zip(keys, configs, strict=True):
                 if key in done:
                     continue
-
-                def report(fraction: float, message: str) -> None:
-                    self(start + width * (len(done) + fraction) / len(set(keys)), message)
-
-                result = self._once(key, config, compute, report)
-                if result is None:
-                    waiting = True
-                else:
-                    done[key] = result
+                text = self._once(key, config, compute, report)
+                if text is not None:
+                    done[key] = json.loads(text)
                     report(0.0, "")
-            if not waiting:
+            if len(done) == total:
                 return [done[key] for key in keys]
+            report(0.0, "waiting for a shared run")
             time.sleep(0.1)
 
-    def _once(self, key: str, config: Any, compute: Any, report: Any) -> dict[str, Any] | None:
-        """The stored or computed result; None while another process computes it."""
+    def _once(self, key: str, config: Any, compute: Compute, report: Report) -> str | None:
+        """The stored or computed result as JSON; None while another process computes it."""
         if self._store is None:
             if key not in self._memory:
-                self._memory[key] = compute(config, report)
+                self._memory[key] = json.dumps(compute(config, report))
             return self._memory[key]
         path = self._store / f"{key}.json"
-        if path.exists():
-            return json.loads(path.read_text())["result"]
+        stored = _stored(path)
+        if stored is not None:
+            return stored
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(path.with_suffix(".lock"), timeout=0):
-                if path.exists():  # finished by another between the look and the lock
-                    return json.loads(path.read_text())["result"]
-                result = compute(config, report)
-                write_json(path, {"config": dict(config), "result": result})
-                return result
+                stored = _stored(path)  # finished by another between the look and the lock
+                if stored is None:
+                    result = compute(config, report)
+                    # Diverged trainings have NaN losses; only this class reads the file.
+                    write_json(path, {"config": dict(config), "result": result}, allow_nan=True)
+                    stored = json.dumps(result)
+                return stored
         except Timeout:
             return None
 
-    def _key(self, kind: str, config: Mapping[str, Any]) -> str:
-        text = json.dumps([kind, self._fingerprint, dict(config)], sort_keys=True)
-        return f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:20]}"
+    @staticmethod
+    def _key(identity: list[Any]) -> str:
+        text = json.dumps(identity, sort_keys=True)
+        return f"{identity[0]}-{hashlib.sha256(text.encode()).hexdigest()[:20]}"
+
+
+def _stored(path: Path) -> str | None:
+    """What is kept at ``path``, as JSON; None if nothing is, or nothing readable."""
+    try:
+        return json.dumps(json.loads(path.read_text(encoding="utf-8"))["result"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):  # not ours, or damaged: computed again
+        return None

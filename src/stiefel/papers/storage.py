@@ -10,7 +10,11 @@ from typing import Any
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` so that a reader, or a crash, never sees half of it."""
+    """Write ``text`` (UTF-8) so that a reader, or a crash, never sees half of it.
+
+    Missing folders are made. The text goes to a hidden temporary file beside ``path``, reaches the
+    disk, and takes the name in one step.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
@@ -25,6 +29,17 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as JSON, atomically. NaN and Inf are refused: they are not JSON."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+def write_json(path: Path, value: Any, *, allow_nan: bool = False) -> None:
+    """Write ``value`` as JSON, atomically.
+
+    Args:
+        path: Where to.
+        value: Anything that :func:`json.dumps` takes.
+        allow_nan: Write NaN and infinities as Python's JSON reads them. They are not JSON, so this
+            is only for files that nothing else reads.
+
+    Raises:
+        ValueError: ``value`` holds NaN or an infinity and ``allow_nan`` is false.
+        TypeError: ``value`` holds something that JSON has no word for.
+    """
+    write_text(path, json.dumps(value, indent=1, allow_nan=allow_nan) + "\n")

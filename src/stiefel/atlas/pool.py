@@ -1,0 +1,182 @@
+"""Experiments in processes of their own: started, listened to, stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing import connection, resource_tracker
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from stiefel.atlas import worker
+from stiefel.papers.paper import Paper, Scale
+
+_SINGLE = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "NUMEXPR_NUM_THREADS": "1",
+}
+_GRACE = 0.8
+"""Seconds a stopped process has to free what it holds before it is killed."""
+
+
+@dataclass(frozen=True, eq=False)  # itself a key: two tasks are the same only if they are one
+class Task:
+    """One seed of one paper."""
+
+    paper: Paper
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.paper.slug} seed {self.seed}"
+
+
+@dataclass
+class _Running:
+    task: Task
+    process: BaseProcess
+    pipe: connection.Connection
+    log: Path
+
+
+class Pool:
+    """Runs tasks side by side, each in a spawned process. Use as a context manager.
+
+    However the ``with`` block is left, no process of it is alive afterwards.
+    """
+
+    def __init__(self, scale: Scale, store: Path) -> None:
+        """Run at ``scale``; shared results go to ``store``."""
+        self._scale = scale
+        self._store = store
+        self._running: list[_Running] = []
+        self._logs = Path(tempfile.mkdtemp(prefix="stiefel-"))
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with _blocked_signals():
+            self.stop()
+            shutil.rmtree(self._logs, ignore_errors=True)
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def start(self, task: Task) -> None:
+        """Start a process for ``task``.
+
+        Raises:
+            pickle.PicklingError, AttributeError, TypeError: the experiment cannot be found by
+                module and name.
+        """
+        metrics = [claim.metric for claim in task.paper.claims]
+        payload = pickle.dumps((task.paper.experiment, metrics))
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe(duplex=False)
+        log = self._logs / f"{task.paper.slug}-{task.seed}.log"
+        process = context.Process(
+            target=worker.run,
+            args=(theirs, payload, self._scale, task.seed, self._store, log),
+            name=f"stiefel {task.name}",
+        )
+        # A signal in here could lose track of a process just born. The child inherits the block,
+        # which also keeps a terminal's Ctrl-C from killing it before it is ready.
+        with _blocked_signals(), _environment(_SINGLE):
+            process.start()
+            self._running.append(_Running(task, process, ours, log))
+        theirs.close()
+
+    def events(self, timeout: float) -> Iterator[tuple[Task, str, Any]]:
+        """What the processes sent within ``timeout`` seconds: (task, kind, content).
+
+        Kinds are those of :func:`stiefel.atlas.worker.run`. A process that ends without a word
+        (killed, or crashed in native code) gives ``crashed`` with what is known of it.
+        """
+        pipes = {r.pipe: r for r in self._running}
+        for pipe in connection.wait(list(pipes), timeout):
+            running = pipes[pipe]  # pyrefly: ignore
+            try:
+                kind, content = running.pipe.recv()
+            except (EOFError, OSError):
+                running.process.join()
+                kind, content = "crashed", _last_words(running)
+            if kind != "progress":
+                self._reap(running)
+            yield running.task, kind, content
+
+    def stop(self) -> None:
+        """Stop every process, within about a second."""
+        for running in self._running:
+            running.process.terminate()
+        deadline = time.monotonic() + _GRACE
+        for running in list(self._running):
+            running.process.join(max(deadline - time.monotonic(), 0))
+            self._reap(running, patience=0)
+
+    def _reap(self, running: _Running, patience: float = 2.0) -> None:
+        running.pipe.close()
+        running.process.join(patience)
+        if running.process.is_alive():
+            running.process.kill()
+            running.process.join()
+        running.process.close()
+        self._running.remove(running)
+
+
+def _last_words(running: _Running) -> str:
+    code = running.process.exitcode or 0
+    if code < 0:
+        try:
+            cause = f"was killed by {signal.Signals(-code).name}"
+        except ValueError:
+            cause = f"was killed by signal {-code}"
+    else:
+        cause = f"ended without a result, exit status {code}"
+    printed = ""
+    with contextlib.suppress(FileNotFoundError):
+        printed = running.log.read_text(errors="replace")[-20_000:]
+    hint = " (out of memory?)" if code == -getattr(signal, "SIGKILL", 9) else ""
+    return f"{printed}\nThe process of {running.task.name} {cause}{hint}.\n".lstrip()
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """``os.environ`` with ``variables`` set: what a spawned process starts with."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _blocked_signals() -> Iterator[None]:
+    """Hold SIGINT and SIGTERM back until the block is left."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    # Starting the tracker unblocks signals, so it must not happen inside.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

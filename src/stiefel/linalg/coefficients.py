@@ -5,11 +5,11 @@ One step maps every singular value σ to aσ + bσ³ + cσ⁵. A table is one tr
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -67,7 +67,7 @@ class Table:
     """1e-7 in the published tables, which makes momentum near that size fade; 0 is scale-free."""
     restarts: tuple[int, ...] | None = None
     """Steps (0-based) before which the Gram-side algorithm must return to X to stay accurate in
-    bfloat16; None where no set has been established (see :meth:`gram_segments`)."""
+    bfloat16, established on recorded and adversarial spectra; None: before every step."""
 
     @property
     def steps(self) -> int:
@@ -80,26 +80,11 @@ class Table:
         return float(np.prod([a for a, _, _ in self.triples]))
 
     def gram_segments(self) -> tuple[int, ...]:
-        """Lengths of the runs of steps that the Gram side may take between two returns to X.
-
-        Rounding in R = XXᵀ is amplified by the square of the slope gathered since the last return.
-        For the named tables the restarts are those that hold on recorded momentum; for others the
-        gathered slope is limited to what those allow.
-        """
-        if self.restarts is not None:
-            cuts = (0, *self.restarts, self.steps)
-            return tuple(b - a for a, b in itertools.pairwise(cuts) if b > a)
-        lengths: list[int] = []
-        gathered = np.inf
-        for a, _, _ in self.triples:
-            # Later runs start from values that rounding has touched already.
-            limit = 37.0 if len(lengths) <= 1 else 11.0
-            if gathered * a > limit:
-                lengths.append(0)
-                gathered = 1.0
-            lengths[-1] += 1
-            gathered *= a
-        return tuple(lengths)
+        """Lengths of the runs of steps that the Gram side may take between two returns to X."""
+        if self.restarts is None:
+            return (1,) * self.steps
+        cuts = (0, *self.restarts, self.steps)
+        return tuple(b - a for a, b in pairwise(cuts) if b > a)
 
 
 def scalar_image(sigma: np.ndarray, triples: Sequence[Triple]) -> np.ndarray:
@@ -131,7 +116,8 @@ def table(coefficients: str | tuple[Triple, ...], steps: int | None = None) -> T
         shrink = _POLAR_EXPRESS_SAFETY
         rows = [(a / shrink, b / shrink**3, c / shrink**5) for a, b, c in _POLAR_EXPRESS[:-1]]
         rows += [_POLAR_EXPRESS[-1]] * max(0, count - len(rows))
-        return Table(tuple(rows[:count]), shrink, 1e-7, _up_to((2, 3), steps))
+        # Its values stay close to where the polynomial diverges: no Gram-side run is safe.
+        return Table(tuple(rows[:count]), shrink, 1e-7)
     if coefficients == "fitted":
         return Table(_rows("fitted", _FITTED, steps), restarts=_up_to((2, 3), steps))
     if coefficients == "fast":

@@ -1,0 +1,13 @@
+"""Real data that is already on the machine: no loader here opens a connection.
+
+>>> from stiefel.data import python_source
+>>> text = python_source(100_000)
+>>> len(text.train) + len(text.validation)
+100000
+"""
+
+from stiefel.data.text import MissingDataError as MissingDataError
+from stiefel.data.text import Text as Text
+from stiefel.data.text import python_source as python_source
+
+__all__ = ["MissingDataError", "Text", "python_source"]

@@ -67,7 +67,9 @@ class Table:
     """1e-7 in the published tables, which makes momentum near that size fade; 0 is scale-free."""
     restarts: tuple[int, ...] | None = None
     """Steps (0-based) before which the Gram-side algorithm must return to X to stay accurate in
-    bfloat16, established on recorded and adversarial spectra; None: before every step."""
+    bfloat16, where the weight is spread over many rows. None: before every step."""
+    cautious_restarts: tuple[int, ...] | None = None
+    """The same where a few rows carry the weight."""
 
     @property
     def steps(self) -> int:
@@ -79,12 +81,13 @@ class Table:
         """Derivative of the composed polynomial at 0: how much tiny singular values are raised."""
         return float(np.prod([a for a, _, _ in self.triples]))
 
-    def gram_segments(self) -> tuple[int, ...]:
+    def gram_segments(self, spread: bool = True) -> tuple[int, ...]:
         """Lengths of the runs of steps that the Gram side may take between two returns to X."""
-        if self.restarts is None:
+        restarts = self.restarts if spread else self.cautious_restarts
+        if restarts is None:
             return (1,) * self.steps
-        cuts = (0, *self.restarts, self.steps)
-        return tuple(b - a for a, b in pairwise(cuts) if b > a)
+        cuts = (0, *(k for k in restarts if k < self.steps), self.steps)
+        return tuple(b - a for a, b in pairwise(cuts))
 
 
 def scalar_image(sigma: np.ndarray, triples: Sequence[Triple]) -> np.ndarray:
@@ -110,7 +113,9 @@ def table(coefficients: str | tuple[Triple, ...], steps: int | None = None) -> T
     """
     if coefficients == "classic":
         count = 5 if steps is None else steps
-        return Table((CLASSIC,) * count, eps=1e-7, restarts=_up_to((3,), steps))
+        # Established for five steps and fewer.
+        restarts = ((3,), (1, 3)) if count <= 5 else (None, None)
+        return Table((CLASSIC,) * count, 1.0, 1e-7, *restarts)
     if coefficients == "polar_express":
         count = 5 if steps is None else steps
         shrink = _POLAR_EXPRESS_SAFETY
@@ -119,9 +124,9 @@ def table(coefficients: str | tuple[Triple, ...], steps: int | None = None) -> T
         # Its values stay close to where the polynomial diverges: no Gram-side run is safe.
         return Table(tuple(rows[:count]), shrink, 1e-7)
     if coefficients == "fitted":
-        return Table(_rows("fitted", _FITTED, steps), restarts=_up_to((2, 3), steps))
+        return Table(_rows("fitted", _FITTED, steps), 1.0, 0.0, (2, 3), (1, 2, 3))
     if coefficients == "fast":
-        return Table(_rows("fast", _FAST, steps), restarts=_up_to((2,), steps))
+        return Table(_rows("fast", _FAST, steps), 1.0, 0.0, (2,), (1, 2))
     if isinstance(coefficients, str):
         raise ValueError(
             f"coefficients must be one of {', '.join(NAMES)} or a sequence of (a, b, c), "
@@ -193,8 +198,8 @@ def _guard_report(table: Table) -> tuple[str | None, str | None]:
     for pattern in ((0.0, 0.0), (_NOISE, _NOISE), (-_NOISE, -_NOISE), (_NOISE, -_NOISE)):
         x = start / table.safety
         for step, (a, b, c) in enumerate(table.triples):
-            square = x * x
             with np.errstate(over="ignore", invalid="ignore"):
+                square = x * x
                 x = x * (a + square * (b + c * square)) * (1 + pattern[step % 2])
             if step < table.steps - 1 and (low := np.nanmin(x[above])) < _INTERMEDIATE_MIN:
                 at = start[above][np.nanargmin(x[above])]
@@ -211,13 +216,6 @@ def _guard_report(table: Table) -> tuple[str | None, str | None]:
             at = start[above][x[above].argmin()]
             weak = f"σ₀ = {at:.4f} ends at {low:.4f} (≥ 0.5 wanted)"
     return None, weak
-
-
-def _up_to(restarts: tuple[int, ...], steps: int | None) -> tuple[int, ...] | None:
-    """Established restarts hold for the usual number of steps or fewer, not for more."""
-    if steps is None:
-        return restarts
-    return tuple(k for k in restarts if k < steps) if steps <= restarts[-1] + 2 else None
 
 
 def _rows(name: str, rows: tuple[Triple, ...], steps: int | None) -> tuple[Triple, ...]:

@@ -116,20 +116,46 @@ def _transform(x: Tensor, dim: int, kind: int) -> Tensor:
     if x.numel() == 0:
         return work.clone().to(x.dtype)
     if _scipy_may_run(work):
-        # Same numbers, about three times faster than the FFT route; kept out of module import.
-        import scipy.fft
-
-        out = scipy.fft.dct(
-            work.detach().resolve_neg().numpy(),
-            type=kind,
-            axis=dim,
-            norm="ortho",
-            workers=torch.get_num_threads(),
-        )
-        return torch.from_numpy(out).to(x.dtype)
+        out = _scipy(work.detach().resolve_neg(), dim, kind, overwrite=work is not x)
+        return out.to(x.dtype).contiguous()
     along_last = work.movedim(dim, -1)
     out = _dct2_torch(along_last) if kind == 2 else _dct3_torch(along_last)
     return out.movedim(-1, dim).to(x.dtype)
+
+
+def _scipy(x: Tensor, dim: int, kind: int, *, overwrite: bool) -> Tensor:
+    """The same numbers, about three times faster than the FFT route; may destroy ``x`` if told.
+
+    The result need not be contiguous.
+    """
+    import scipy.fft  # kept out of module import
+
+    if x.ndim > 1 and dim in (-2, x.ndim - 2) and x.stride(dim) * x.element_size() % 512 == 0:
+        # Columns at such strides share few cache sets: 2.5 times faster in rows of another length.
+        shape = (*x.shape[:-1], x.shape[-1] + 64 // x.element_size())
+        x = x.new_empty(shape)[..., : x.shape[-1]].copy_(x)
+        overwrite = True
+    return torch.from_numpy(
+        scipy.fft.dct(
+            x.numpy(),
+            type=kind,
+            axis=dim,
+            norm="ortho",
+            overwrite_x=overwrite,
+            workers=torch.get_num_threads(),
+        )
+    )
+
+
+def dct_(x: Float[Tensor, "*shape"], *, dim: int = -1, type: int = 2) -> Float[Tensor, "*shape"]:
+    """:func:`dct` of float32 or float64 scratch memory: may destroy ``x``, saves copies.
+
+    The result lies in ``x`` or elsewhere and need not be contiguous; the numbers are those of
+    :func:`dct`. Unlike there nothing is checked.
+    """
+    if _scipy_may_run(x) and x.numel():
+        return _scipy(x, dim, type, overwrite=True)
+    return _transform(x, dim, type)
 
 
 def _check_type(type_: int) -> None:

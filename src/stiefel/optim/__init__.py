@@ -8,6 +8,12 @@
 >>> _ = optimizer.step()
 """
 
+from stiefel.linalg.cholesky_qr import shifted_cholesky_qr as shifted_cholesky_qr
+from stiefel.optim.aro import ARO as ARO
+from stiefel.optim.aro_layout import aro_param_groups as aro_param_groups
+from stiefel.optim.aro_update import aro_direction as aro_direction
+from stiefel.optim.aro_update import aro_rotation as aro_rotation
+from stiefel.optim.aro_update import rotation_objective as rotation_objective
 from stiefel.optim.groups import describe_groups as describe_groups
 from stiefel.optim.groups import split_parameters as split_parameters
 from stiefel.optim.muon import Muon as Muon
@@ -17,3 +23,4 @@ from stiefel.optim.rmnp import RMNP as RMNP
 from stiefel.optim.rmnp import polar_cosine as polar_cosine
 from stiefel.optim.rmnp import rmnp_direction as rmnp_direction
 from stiefel.optim.rmnp import row_dominance as row_dominance
+from stiefel.optim.sinkhorn import sinkhorn_normalize as sinkhorn_normalize

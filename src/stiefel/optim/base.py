@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -15,6 +15,12 @@ from torch.optim.adamw import adamw
 
 from stiefel.linalg.schulz import Workspace
 from stiefel.optim.groups import block_sizes, dimension_order, matrices, warn_of_empty_groups
+from stiefel.optim.settings import (
+    NONFINITE,
+    check_adamw,
+    check_at_least_zero,
+    check_choice,
+)
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 _FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -32,9 +38,17 @@ class Batch:
     """Views (R, C); :meth:`advance` brings them up to date."""
     states: list[dict[str, Tensor]]
     """Further state, each tensor one that belongs to this matrix alone."""
+    variant: Hashable = None
+    """What :meth:`MatrixOptimizer._variant` says of all of them."""
 
     def __getitem__(self, part: slice) -> Batch:
-        return Batch(self.params[part], self.grads[part], self.momenta[part], self.states[part])
+        return Batch(
+            self.params[part],
+            self.grads[part],
+            self.momenta[part],
+            self.states[part],
+            self.variant,
+        )
 
     def __len__(self) -> int:
         return len(self.params)
@@ -62,6 +76,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     _float32_state: tuple[str, ...] = ()
     """State that stays in float32 whatever the parameter's dtype, also through load_state_dict."""
+    _exact_state: tuple[str, ...] = ()
+    """State that keeps its own dtype through load_state_dict: indices, counts, codes."""
+    _first_state = "momentum_buffer"
+    """What the state of every matrix parameter has once it was updated."""
+    _has_momentum = True
+    """Whether that is a momentum of the parameter's shape, else one of :meth:`_extra_state`."""
 
     def __init__(
         self,
@@ -91,7 +111,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
         group = dict(param_group)
-        if isinstance(group["params"], Iterable) and not isinstance(group["params"], Tensor | set):
+        if group.get("maximize"):
+            raise ValueError("maximize must be False; negate the loss")
+        if isinstance(group["params"], Tensor):
+            group["params"] = [group["params"]]
+        elif isinstance(group["params"], Iterable) and not isinstance(group["params"], set):
             group["params"] = list(group["params"])
         rule = group.get("rule", self.defaults["rule"])
         if rule == "elementwise":
@@ -110,6 +134,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 self._check_matrices(group)
             else:
                 check_adamw(group)
+                check_choice(group, "nonfinite", NONFINITE)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -121,19 +146,67 @@ class MatrixOptimizer(torch.optim.Optimizer):
             self._space = Workspace()
         for group in self.param_groups:
             for key, value in self.defaults.items():
-                if key not in _ADAMW:
+                if key not in (*_ADAMW, "differentiable"):  # torch adds that one itself
                     group.setdefault(key, value)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As :class:`torch.optim.Optimizer`; statistics kept in float32 are not rounded."""
-        super().load_state_dict(state_dict)
-        saved = chain.from_iterable(g["params"] for g in state_dict["param_groups"])
-        params = chain.from_iterable(g["params"] for g in self.param_groups)
-        for index, parameter in zip(saved, params, strict=True):
-            for key in self._float32_state:
-                value = state_dict["state"].get(index, {}).get(key)
-                if value is not None:
-                    self.state[parameter][key] = value.detach().clone().to(parameter.device)
+        """As :class:`torch.optim.Optimizer`; statistics kept in float32 are not rounded.
+
+        Settings that ``state_dict`` lacks, being older or of another optimizer, stay as they are
+        in this one; further state that the method keeps starts at zero.
+
+        Raises:
+            ValueError: groups of other numbers or sizes; a group that maximizes.
+        """
+        loaded: list[dict[str, Any]] = []
+
+        def complete(_: Any, saved: dict[str, Any]) -> dict[str, Any]:
+            groups = list(saved["param_groups"])
+            if any(group.get("maximize") for group in groups):
+                raise ValueError("state_dict has a group with maximize=True; negate the loss")
+            for i, own in enumerate(self.param_groups[: len(groups)]):
+                kept = {k: v for k, v in own.items() if k not in ("params", "param_names")}
+                groups[i] = {**kept, **groups[i]}
+            loaded.append({**saved, "param_groups": groups})
+            return loaded[-1]
+
+        # Between the user's own hooks: they see, and may change, what is really loaded.
+        with (
+            self.register_load_state_dict_pre_hook(complete),
+            self.register_load_state_dict_post_hook(
+                lambda _: self._restore(loaded[-1]), prepend=True
+            ),
+        ):
+            super().load_state_dict(state_dict)
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        """Take float32 state unrounded, and make state that ``saved`` does not have."""
+        indices = iter(chain.from_iterable(g["params"] for g in saved["param_groups"]))
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                values = saved["state"].get(next(indices), {})
+                wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+                for key in self._float32_state:
+                    if key in values:
+                        value = values[key].detach().to(parameter.device, wide, copy=True)
+                        self.state[parameter][key] = value
+                for key in self._exact_state:
+                    if key in values:
+                        value = values[key].detach().to(parameter.device, copy=True)
+                        self.state[parameter][key] = value
+                if group["rule"] != "matrix" or not values:
+                    continue
+                if self._first_state in values:
+                    extra = self._extra_state(group, _sizes(group, parameter), parameter)
+                    self.state[parameter] = {**extra, **self.state[parameter]}
+                else:
+                    del self.state[parameter]
+                    warnings.warn(
+                        f"the state of {self._name(group, parameter)} has no "
+                        f"{self._first_state!r}, so it is of another method: it starts anew",
+                        UserWarning,
+                        stacklevel=2,
+                    )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -159,11 +232,15 @@ class MatrixOptimizer(torch.optim.Optimizer):
             if group["rule"] == "elementwise":
                 self._adamw(group, params)
             else:
-                for batch in self._batches(group, params):
-                    self._update(group, batch)
+                self._update_group(group, params)
         return loss
 
     # What a method says of itself
+
+    def _update_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        """Apply the method to parameters of a matrix group, all of which have gradients."""
+        for batch in self._batches(group, params):
+            self._update(group, batch)
 
     def _update(self, group: dict[str, Any], batch: Batch) -> None:
         """Advance the momenta of matrices of one shape and apply the method to them."""
@@ -176,10 +253,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
         return {}
 
     def _extra_views(
-        self, group: dict[str, Any], sizes: Sequence[tuple[int, int]], state: dict[str, Tensor]
+        self, group: dict[str, Any], sizes: Sequence[tuple[int, int]], parameter: Tensor
     ) -> list[dict[str, Tensor]]:
         """The part of the extra state that belongs to each matrix, as views."""
         return [{} for _ in sizes]
+
+    def _variant(self, group: dict[str, Any], parameter: Tensor, index: int) -> Hashable:
+        """What keeps a parameter's ``index``-th matrix apart from others of its shape, if any."""
+        return None
 
     def _momentum(self, group: dict[str, Any]) -> float:
         return group["momentum"]
@@ -187,37 +268,35 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         """Refuse settings out of range."""
         check_at_least_zero(group, "lr", "weight_decay")
-        check_choice(group, "nonfinite", ("raise", "skip", "propagate"))
+        check_choice(group, "nonfinite", NONFINITE)
 
     # The common machinery
 
     def _batches(self, group: dict[str, Any], params: list[Tensor]) -> list[Batch]:
         """Gather the matrices of equal shape, making the state of new parameters."""
-        momenta = []
+        first, view, found = self._first_state, group["view"], {}
         for parameter in params:
-            state = self.state[parameter]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(parameter)
-                sizes = _sizes(group, parameter)
-                state.update(self._extra_state(group, sizes, parameter))
-            elif state["momentum_buffer"].stride() != parameter.stride():  # loaded, other layout
-                momentum = torch.empty_like(parameter).copy_(state["momentum_buffer"])
-                state["momentum_buffer"] = momentum
-            momenta.append(state["momentum_buffer"])
-        view, found = group["view"], {}
-        for parameter, momentum in zip(params, momenta, strict=True):
-            sizes = _sizes(group, parameter)
+            state, sizes = self.state[parameter], _sizes(group, parameter)
+            if first not in state:
+                if self._has_momentum:
+                    state[first] = torch.zeros_like(parameter)
+                for key, value in self._extra_state(group, sizes, parameter).items():
+                    state.setdefault(key, value)
+            elif self._has_momentum and state[first].stride() != parameter.stride():
+                state[first] = torch.empty_like(parameter).copy_(state[first])  # another layout
             rows = tuple(r for r, _ in sizes)
             order = dimension_order(parameter)
-            extra = self._extra_views(group, sizes, self.state[parameter])
-            triple = (parameter, gradient(parameter), momentum)
-            parts = (matrices(t, view, rows, order) for t in triple)
-            for p, g, m, e in zip(*parts, extra, strict=True):
-                batch = found.setdefault((*p.shape, p.dtype, p.device), Batch([], [], [], []))
-                batch.params.append(p)
-                batch.grads.append(g)
-                batch.momenta.append(m)
-                batch.states.append(e)
+            p, g = (matrices(t, view, rows, order) for t in (parameter, gradient(parameter)))
+            m = matrices(state[first], view, rows, order) if self._has_momentum else []
+            extra = self._extra_views(group, sizes, parameter)
+            for i in range(len(sizes)):
+                variant = self._variant(group, parameter, i)
+                key = (*p[i].shape, p[i].dtype, p[i].device, variant)
+                batch = found.setdefault(key, Batch([], [], [], [], variant))
+                batch.params.append(p[i])
+                batch.grads.append(g[i])
+                batch.momenta += m[i : i + 1]
+                batch.states.append(extra[i])
         return list(found.values())
 
     def _adamw(self, group: dict[str, Any], params: list[Tensor]) -> None:
@@ -299,6 +378,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     "it in a group with rule='elementwise'; split_parameters(model) makes such "
                     "groups"
                 )
+            if group["view"] == "flatten" and not _flattens(parameter):
+                raise ValueError(
+                    f"{name} has strides {parameter.stride()} for shape {shape}, which cannot be "
+                    "seen as a matrix without a copy; make it contiguous first"
+                )
             if group["view"] != "batch":
                 block_sizes(name, shape[-1 if group["view"] == "transpose" else 0], group["blocks"])
 
@@ -327,28 +411,16 @@ def gradient(parameter: Tensor) -> Tensor:
     return parameter.grad
 
 
-def scale_factor(scale: str | None, rows: int, cols: int) -> float:
-    """How a unit orthogonal update of shape (rows, cols) is sized.
-
-    ``"spectral"`` sqrt(max(1, R/C)) (Jordan), ``"rms"`` 0.2·sqrt(max(R, C)) (Moonshot: AdamW's
-    learning rate carries over), ``"dion"`` sqrt(R/C), ``None`` 1.
-    """
-    if scale == "spectral":
-        return math.sqrt(max(1.0, rows / cols))
-    if scale == "rms":
-        return 0.2 * math.sqrt(max(rows, cols))
-    return math.sqrt(rows / cols) if scale == "dion" else 1.0
-
-
 def apply_update(
-    params: list[Tensor], direction: Tensor, factor: Tensor | float, decay: float
+    params: list[Tensor], direction: Tensor, factor: Tensor | list[float] | float, decay: float
 ) -> None:
     """p ← decay·p − factor ∘ direction for each p, with one rounding for low-precision parameters.
 
     Args:
         params: k matrices (R, C).
         direction: (k, R, C), of any floating dtype.
-        factor: A number, or a tensor that broadcasts against ``direction``, one entry per matrix.
+        factor: A number, one number per matrix, or a tensor that broadcasts against ``direction``,
+            one entry per matrix.
         decay: 1 − lr·weight_decay.
     """
     targets = [p.float() for p in params] if params[0].dtype in _LOW_PRECISION else params
@@ -358,55 +430,14 @@ def apply_update(
     if isinstance(factor, Tensor):
         for target, row, update in zip(targets, factor.unbind(0), updates, strict=True):
             target.addcmul_(row, update, value=-1)
+    elif isinstance(factor, list):
+        for target, number, update in zip(targets, factor, updates, strict=True):
+            target.add_(update, alpha=-number)
     else:
         torch._foreach_add_(targets, updates, alpha=-factor)
     if targets is not params:
         for parameter, target in zip(params, targets, strict=True):
             parameter.copy_(target)
-
-
-def check_at_least_zero(group: dict[str, Any], *keys: str) -> None:
-    """Refuse negative and non-finite settings."""
-    for key in keys:
-        value = float(group[key])
-        if not (value >= 0 and math.isfinite(value)):
-            raise ValueError(f"{key} must be finite and ≥ 0, got {group[key]}")
-
-
-def check_fraction(group: dict[str, Any], *keys: str) -> None:
-    """Refuse decay rates outside [0, 1)."""
-    for key in keys:
-        values = group[key] if isinstance(group[key], tuple | list) else [group[key]]
-        for value in values:
-            if not 0 <= float(value) < 1:
-                raise ValueError(f"{key} must be in [0, 1), got {group[key]}")
-
-
-def check_choice(group: dict[str, Any], key: str, choices: tuple[Any, ...]) -> None:
-    """Refuse what is not among the choices."""
-    if group[key] not in choices:
-        raise ValueError(f"{key} must be one of {choices}, got {group[key]!r}")
-
-
-def check_adamw(group: dict[str, Any]) -> None:
-    """Refuse AdamW settings out of range."""
-    check_at_least_zero(group, "lr", "eps", "weight_decay")
-    if len(group["betas"]) != 2:
-        raise ValueError(f"betas must be two numbers, got {group['betas']}")
-    check_fraction(group, "betas")
-
-
-def adamw_defaults(
-    lr: float, betas: tuple[float, float], eps: float, weight_decay: float
-) -> dict[str, Any]:
-    """The ``adamw_…`` settings of a constructor, checked."""
-    check_adamw({"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-    return {
-        "adamw_lr": lr,
-        "adamw_betas": tuple(betas),
-        "adamw_eps": eps,
-        "adamw_weight_decay": weight_decay,
-    }
 
 
 def _sizes(group: dict[str, Any], parameter: Tensor) -> list[tuple[int, int]]:
@@ -420,6 +451,14 @@ def _sizes(group: dict[str, Any], parameter: Tensor) -> list[tuple[int, int]]:
         rows = parameter.shape[0]
         cols = parameter.numel() // rows
     return [(r, cols) for r in block_sizes("parameter", rows, group["blocks"])]
+
+
+def _flattens(parameter: Tensor) -> bool:
+    """Whether (out, rest) is a view: an update of a copy would be lost."""
+    if parameter.ndim == 2 or not parameter.numel():
+        return True
+    rows = parameter.detach().permute(dimension_order(parameter))
+    return rows.flatten(1).data_ptr() == rows.data_ptr()
 
 
 def _all_finite(params: list[Tensor]) -> bool:

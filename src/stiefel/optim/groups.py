@@ -13,6 +13,7 @@ from torch import Tensor, nn
 Blocks = int | Sequence[int]
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_NORMS = (nn.LayerNorm, nn.RMSNorm)  # two-dimensional where they normalise over two dimensions
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -198,12 +199,15 @@ def _first_convolution(model: nn.Module) -> set[int]:
 
 
 def _is_hidden_matrix(module: nn.Module, own: str, parameter: Tensor) -> bool:
-    if isinstance(module, _EMBEDDINGS) or min(parameter.shape, default=0) == 0:
+    if isinstance(module, _EMBEDDINGS + _NORMS) or min(parameter.shape, default=0) == 0:
         return False
-    if isinstance(module, _CONVOLUTIONS):  # depthwise kernels are one row per channel: no matrix
-        return own == "weight" and parameter.shape[1] > 1
-    if isinstance(module, _TRANSPOSED):  # stored (in, out, ...): rows are input channels here
-        return own == "weight" and module.groups == 1
+    if isinstance(module, _CONVOLUTIONS + _TRANSPOSED):
+        rows = parameter.shape[0] // module.groups
+        if own != "weight" or min(rows, parameter[0].numel()) == 1:
+            return False
+        if isinstance(module, _TRANSPOSED):  # stored (in, out, ...): rows are input channels here
+            return module.groups == 1
+        return module.groups == 1 or parameter.shape[1] > 1  # depthwise kernels are no matrix
     return parameter.ndim == 2 and min(parameter.shape) > 1
 
 

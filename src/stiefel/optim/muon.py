@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 
 from stiefel.linalg.coefficients import Coefficients
-from stiefel.optim.base import (
-    Batch,
+from stiefel.optim.base import Batch
+from stiefel.optim.orthogonal import (
+    OrthogonalOptimizer,
+    orthogonal_defaults,
+    squared_norms,
+)
+from stiefel.optim.settings import (
     adamw_defaults,
     check_at_least_zero,
     check_choice,
     check_fraction,
     scale_factor,
-)
-from stiefel.optim.orthogonal import (
-    OrthogonalOptimizer,
-    orthogonal_defaults,
-    squared_norms,
 )
 
 
@@ -67,7 +67,7 @@ class Muon(OrthogonalOptimizer):
     def __init__(
         self,
         params: Any,
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         momentum: float = 0.95,
         nesterov: bool = True,
         weight_decay: float = 0.1,
@@ -76,7 +76,7 @@ class Muon(OrthogonalOptimizer):
         ns: Coefficients = "fitted",
         scale: str | None = "spectral",
         rescale: str | None = None,
-        adamw_lr: float = 3e-4,
+        adamw_lr: float | Tensor = 3e-4,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
         adamw_weight_decay: float = 0.0,

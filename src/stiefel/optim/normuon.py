@@ -10,18 +10,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stiefel.linalg.coefficients import Coefficients
-from stiefel.optim.base import (
-    Batch,
+from stiefel.optim.base import Batch
+from stiefel.optim.groups import dimension_order
+from stiefel.optim.orthogonal import (
+    OrthogonalOptimizer,
+    orthogonal_defaults,
+    squared_norms,
+)
+from stiefel.optim.settings import (
     adamw_defaults,
     check_at_least_zero,
     check_choice,
     check_fraction,
     scale_factor,
-)
-from stiefel.optim.orthogonal import (
-    OrthogonalOptimizer,
-    orthogonal_defaults,
-    squared_norms,
 )
 
 
@@ -107,7 +108,7 @@ class NorMuon(OrthogonalOptimizer):
     def __init__(
         self,
         params: Any,
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.95, 0.95),
         weight_decay: float = 0.1,
         eps: float = 1e-8,
@@ -118,7 +119,7 @@ class NorMuon(OrthogonalOptimizer):
         scale: str | None = None,
         reduce: str = "rows",
         bias_correction: bool = False,
-        adamw_lr: float = 3e-4,
+        adamw_lr: float | Tensor = 3e-4,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
         adamw_weight_decay: float = 0.0,
@@ -168,22 +169,33 @@ class NorMuon(OrthogonalOptimizer):
         return {key: torch.zeros(count, dtype=dtype, device=parameter.device) for key in keys}
 
     def _extra_views(
-        self, group: dict[str, Any], sizes: Sequence[tuple[int, int]], state: dict[str, Tensor]
+        self, group: dict[str, Any], sizes: Sequence[tuple[int, int]], parameter: Tensor
     ) -> list[dict[str, Tensor]]:
+        state, order = self.state[parameter], dimension_order(parameter)
         counts = [_statistics(group, rows, cols) for rows, cols in sizes]
         keys = [key for key in self._float32_state if key in state]
-        parts = [state[key].split(counts) for key in keys]
+        parts = [list(state[key].split(counts)) for key in keys]
+        if group["view"] == "flatten" and order != tuple(range(parameter.ndim)):
+            # Saved column by column as a contiguous kernel has them, used as they lie in memory.
+            columns = [group["reduce"] == "long" and rows < cols for rows, cols in sizes]
+            parts = [
+                [
+                    p.view(parameter.shape[1:]).permute([d - 1 for d in order[1:]]) if c else p
+                    for p, c in zip(part, columns, strict=True)
+                ]
+                for part in parts
+            ]
         return [dict(zip(keys, part, strict=True)) for part in zip(*parts, strict=True)]
 
     def _factor(self, group: dict[str, Any], o: Tensor, batch: Batch) -> Tensor | float:
         rows, cols = batch.shape
         dim = -2 if group["reduce"] == "long" and rows < cols else -1
         square = squared_norms(o, dim)  # (k, R, 1), or (k, 1, C)
-        moment = torch.stack([s["second_moment"] for s in batch.states]).view(square.shape)
-        moment.lerp_(square / o.shape[dim], 1 - group["betas"][1])
+        moment = _read(batch, "second_moment").view(square.shape)
+        moment.lerp_((square / o.shape[dim]).to(moment.dtype), 1 - group["betas"][1])
         corrected = moment
         if group["bias_correction"]:
-            age = torch.stack([s["row_age"] for s in batch.states]).view(square.shape)
+            age = _read(batch, "row_age").view(square.shape)
             age += (moment > 0).to(age.dtype)
             corrected = moment / (1 - group["betas"][1] ** age.clamp_min(1))
             _write(batch, "row_age", age)
@@ -204,6 +216,10 @@ def _statistics(group: dict[str, Any], rows: int, cols: int) -> int:
     return max(rows, cols) if group["reduce"] == "long" else rows
 
 
+def _read(batch: Batch, key: str) -> Tensor:
+    return torch.stack([state[key].flatten() for state in batch.states])
+
+
 def _write(batch: Batch, key: str, values: Tensor) -> None:
     for state, value in zip(batch.states, values.flatten(1).unbind(0), strict=True):
-        state[key].copy_(value)
+        state[key].copy_(value.view(state[key].shape))

@@ -25,7 +25,9 @@ class OrthogonalOptimizer(MatrixOptimizer):
     in stacks that fit the cache (CPU) or fill the device (accelerators).
     """
 
-    def _factor(self, group: dict[str, Any], o: Tensor, batch: Batch) -> Tensor | float:
+    def _factor(
+        self, group: dict[str, Any], o: Tensor, batch: Batch
+    ) -> Tensor | list[float] | float:
         """What the orthogonal updates (k, R, C) are multiplied with, learning rate included."""
         raise TypeError(f"{type(self).__name__} has no size rule; use one of its subclasses")
 
@@ -35,17 +37,26 @@ class OrthogonalOptimizer(MatrixOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
+        self._check_polynomial(group)
+        dtype = group["ns_dtype"]
+        if dtype is not None and dtype not in (torch.bfloat16, torch.float32, torch.float64):
+            raise ValueError(f"ns_dtype must be bfloat16, float32, float64 or None, got {dtype}")
+
+    def _check_polynomial(self, group: dict[str, Any]) -> None:
+        """Refuse coefficients that could hurt."""
         ns = group["ns"]
         rule = as_table(ns)
         if not isinstance(ns, str):
             check_guards(rule)
             group["ns"] = rule.triples
-        dtype = group["ns_dtype"]
-        if dtype is not None and dtype not in (torch.bfloat16, torch.float32, torch.float64):
-            raise ValueError(f"ns_dtype must be bfloat16, float32, float64 or None, got {dtype}")
+
+    def _rule(self, group: dict[str, Any], rows: int, cols: int) -> Table:
+        """The polynomial for matrices of this shape."""
+        return as_table(group["ns"])
 
     def _update(self, group: dict[str, Any], batch: Batch) -> None:
-        rule, (rows, cols) = as_table(group["ns"]), batch.shape
+        rows, cols = batch.shape
+        rule = self._rule(group, rows, cols)
         first = batch.params[0]
         dtype = group["ns_dtype"] or _precision(first)
         decay = 1 - float(group["lr"]) * group["weight_decay"]
@@ -64,15 +75,19 @@ class OrthogonalOptimizer(MatrixOptimizer):
         if not group["nesterov"] and len(part) == 1:
             normalize_into(x, part.momenta[0][None], rule, self._eps(group))
             return
+        normalize_into(x, self._ahead(group, part), rule, self._eps(group))
+
+    def _ahead(self, group: dict[str, Any], part: Batch) -> Tensor:
+        """The (Nesterov) momenta as a stack (k, R, C) in scratch memory."""
         first = part.params[0]
-        u = self._space.take("u", tuple(x.shape), first.dtype, first.device)
+        u = self._space.take("u", (len(part), *part.shape), first.dtype, first.device)
         momentum = self._momentum(group)
         for i, (g, m) in enumerate(zip(part.grads, part.momenta, strict=True)):
             if group["nesterov"]:
                 torch.lerp(g, m, momentum, out=u[i])
             else:
                 u[i].copy_(m)
-        normalize_into(x, u, rule, self._eps(group))
+        return u
 
 
 def orthogonal_defaults(
@@ -83,6 +98,8 @@ def orthogonal_defaults(
         raise ValueError(
             f"ns must be one of {', '.join(NAMES)} or a sequence of (a, b, c), got {ns!r}"
         )
+    if not isinstance(ns, str):
+        ns = as_table(ns).triples
     return {"ns": ns, "nesterov": bool(nesterov), "ns_dtype": ns_dtype}
 
 

@@ -9,15 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stiefel.linalg.polar import polar, safe_norm
-from stiefel.optim.base import (
-    _LOW_PRECISION,
-    Batch,
-    MatrixOptimizer,
-    adamw_defaults,
-    check_at_least_zero,
-    check_choice,
-    check_fraction,
-)
+from stiefel.optim.base import _LOW_PRECISION, Batch, MatrixOptimizer
+from stiefel.optim.settings import adamw_defaults, check_at_least_zero, check_choice, check_fraction
 
 
 def rmnp_direction(
@@ -31,7 +24,7 @@ def rmnp_direction(
         eps: Smallest norm divided by. Rows at or above it become exactly unit, in float32 also
             where their squares underflow or overflow; zero rows stay zero.
     """
-    return update / _row_norms(update, eps)
+    return (update / _row_norms(update, eps)).to(update.dtype)
 
 
 def _row_norms(update: Tensor, eps: float) -> Tensor:
@@ -75,14 +68,14 @@ class RMNP(MatrixOptimizer):
     def __init__(
         self,
         params: Any,
-        lr: float = 0.02,
+        lr: float | Tensor = 0.02,
         momentum: float = 0.95,
         nesterov: bool = True,
         weight_decay: float = 0.0,
         eps: float = 1e-12,
         *,
         scale: str | None = "spectral",
-        adamw_lr: float = 3e-4,
+        adamw_lr: float | Tensor = 3e-4,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
         adamw_weight_decay: float = 0.0,

@@ -71,13 +71,23 @@ def orthogonalize(
         return orthogonalize_(work, rule, Workspace()).to(x.dtype).reshape(x.shape)
 
 
-def normalize_into(out: Tensor, x: Tensor, rule: Table, eps: float | None = None) -> None:
-    """``out`` ← x / (safety·‖x‖_F + eps) per matrix, for any scale of x; zero stays zero."""
+def normalize_into(
+    out: Tensor, x: Tensor, rule: Table, eps: float | None = None, scratch: Tensor | None = None
+) -> None:
+    """``out`` ← x / (safety·‖x‖_F + eps) per matrix, for any scale of x; zero stays zero.
+
+    ``scratch`` of x's shape and dtype, or x itself, spares a temporary where ``out`` has another
+    dtype.
+    """
     norm = frobenius_norm(x).mul_(rule.safety).add_(rule.eps if eps is None else eps)
     if x.dtype != torch.float64:
         norm = norm.to(torch.float32)
     # A norm below the smallest positive number can only be that of a zero matrix.
-    torch.div(x, norm.clamp_min_(_SMALLEST[norm.dtype]), out=out)
+    norm.clamp_min_(_SMALLEST[norm.dtype])
+    if scratch is None:
+        torch.div(x, norm, out=out)
+    else:
+        out.copy_(torch.div(x, norm, out=scratch))
 
 
 _SMALLEST = {torch.float32: 2.0**-149, torch.float64: 2.0**-1074}

@@ -14,6 +14,13 @@ from stiefel.optim.aro_layout import aro_param_groups as aro_param_groups
 from stiefel.optim.aro_update import aro_direction as aro_direction
 from stiefel.optim.aro_update import aro_rotation as aro_rotation
 from stiefel.optim.aro_update import rotation_objective as rotation_objective
+from stiefel.optim.auon import AuON as AuON
+from stiefel.optim.auon import HybridAuON as HybridAuON
+from stiefel.optim.auon import auon_direction as auon_direction
+from stiefel.optim.columns import ColumnSelector as ColumnSelector
+from stiefel.optim.columns import low_rank_svd_projector as low_rank_svd_projector
+from stiefel.optim.dct_adamw import DCTAdamW as DCTAdamW
+from stiefel.optim.fit import fit_coefficients as fit_coefficients
 from stiefel.optim.groups import describe_groups as describe_groups
 from stiefel.optim.groups import split_parameters as split_parameters
 from stiefel.optim.muon import Muon as Muon
@@ -23,4 +30,8 @@ from stiefel.optim.rmnp import RMNP as RMNP
 from stiefel.optim.rmnp import polar_cosine as polar_cosine
 from stiefel.optim.rmnp import rmnp_direction as rmnp_direction
 from stiefel.optim.rmnp import row_dominance as row_dominance
+from stiefel.optim.root import ROOT as ROOT
+from stiefel.optim.root import soft_clip as soft_clip
 from stiefel.optim.sinkhorn import sinkhorn_normalize as sinkhorn_normalize
+from stiefel.optim.trion import Trion as Trion
+from stiefel.optim.trion import trion_direction as trion_direction

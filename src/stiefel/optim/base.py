@@ -423,20 +423,17 @@ def apply_update(
             one entry per matrix.
         decay: 1 − lr·weight_decay.
     """
-    targets = [p.float() for p in params] if params[0].dtype in _LOW_PRECISION else params
-    if decay != 1.0:
-        torch._foreach_mul_(targets, decay)
-    updates = list(direction.unbind(0))
-    if isinstance(factor, Tensor):
-        for target, row, update in zip(targets, factor.unbind(0), updates, strict=True):
-            target.addcmul_(row, update, value=-1)
-    elif isinstance(factor, list):
-        for target, number, update in zip(targets, factor, updates, strict=True):
-            target.add_(update, alpha=-number)
-    else:
-        torch._foreach_add_(targets, updates, alpha=-factor)
-    if targets is not params:
-        for parameter, target in zip(params, targets, strict=True):
+    factors = factor if isinstance(factor, Tensor | list) else [factor] * len(params)
+    for i, parameter in enumerate(params):  # one after the other: each stays in the cache
+        target = parameter.float() if parameter.dtype in _LOW_PRECISION else parameter
+        if decay != 1.0:
+            target.mul_(decay)
+        own = factors[i]
+        if isinstance(own, Tensor):
+            target.addcmul_(own, direction[i], value=-1)
+        else:
+            target.add_(direction[i], alpha=-own)
+        if target is not parameter:
             parameter.copy_(target)
 
 

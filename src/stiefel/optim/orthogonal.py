@@ -66,16 +66,12 @@ class OrthogonalOptimizer(MatrixOptimizer):
             part.advance(self._momentum(group))
             shape = (len(part), rows, cols)
             x = self._space.take("o", shape, dtype, first.device)
-            self._normalize(group, part, x, rule)
+            u = self._ahead(group, part)
+            normalize_into(x, u, rule, self._eps(group), scratch=u)
             o = orthogonalize_(x, rule, self._space)
+            if first.dtype == torch.float32:  # once, for the size rule and the update
+                o = u.copy_(o)
             apply_update(part.params, o, self._factor(group, o, part), decay)
-
-    def _normalize(self, group: dict[str, Any], part: Batch, x: Tensor, rule: Table) -> None:
-        """``x`` ← the (Nesterov) momenta, each divided by its norm."""
-        if not group["nesterov"] and len(part) == 1:
-            normalize_into(x, part.momenta[0][None], rule, self._eps(group))
-            return
-        normalize_into(x, self._ahead(group, part), rule, self._eps(group))
 
     def _ahead(self, group: dict[str, Any], part: Batch) -> Tensor:
         """The (Nesterov) momenta as a stack (k, R, C) in scratch memory."""

@@ -8,7 +8,6 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
 from torch import Tensor
 
 from stiefel.linalg.coefficients import (
@@ -252,6 +251,8 @@ class _Goal:
 
     def minimise(self, start: np.ndarray, weight: float) -> np.ndarray:
         """The best point that L-BFGS finds from ``start``."""
+        from scipy.optimize import minimize  # only here, and costly to import
+
         centre = torch.from_numpy(start)
 
         def value_and_gradient(flat: np.ndarray) -> tuple[float, np.ndarray]:

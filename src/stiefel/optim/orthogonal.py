@@ -67,11 +67,15 @@ class OrthogonalOptimizer(MatrixOptimizer):
             shape = (len(part), rows, cols)
             x = self._space.take("o", shape, dtype, first.device)
             u = self._ahead(group, part)
-            normalize_into(x, u, rule, self._eps(group), scratch=u)
+            self._normalize(group, x, u, rule)
             o = orthogonalize_(x, rule, self._space)
             if first.dtype == torch.float32:  # once, for the size rule and the update
                 o = u.copy_(o)
             apply_update(part.params, o, self._factor(group, o, part), decay)
+
+    def _normalize(self, group: dict[str, Any], x: Tensor, u: Tensor, rule: Table) -> None:
+        """``x`` ← the (Nesterov) momenta ``u``, each divided by its norm; ``u`` is destroyed."""
+        normalize_into(x, u, rule, self._eps(group), scratch=u)
 
     def _ahead(self, group: dict[str, Any], part: Batch) -> Tensor:
         """The (Nesterov) momenta as a stack (k, R, C) in scratch memory."""

@@ -20,7 +20,6 @@ from stiefel.linalg.coefficients import (
     check_guards,
     table,
 )
-from stiefel.linalg.schulz import normalize_into
 from stiefel.optim.base import Batch, _sizes, gradient
 from stiefel.optim.groups import dimension_order, matrices
 from stiefel.optim.orthogonal import OrthogonalOptimizer
@@ -230,8 +229,7 @@ class ROOT(OrthogonalOptimizer):
             given = given.get(_key(rows, cols), "classic")
         return _rule(given, group["ns_steps"])
 
-    def _normalize(self, group: dict[str, Any], part: Batch, x: Tensor, rule: Table) -> None:
-        u = self._ahead(group, part)
+    def _normalize(self, group: dict[str, Any], x: Tensor, u: Tensor, rule: Table) -> None:
         q, mode = group["quantile"], group["quantile_mode"]
         if q < 1:
             limit = clip_threshold(u, q, mode)
@@ -241,7 +239,7 @@ class ROOT(OrthogonalOptimizer):
             else:
                 limit = limit.to(u.dtype)
                 torch.clamp(u, -limit, limit, out=u)
-        normalize_into(x, u, rule)
+        super()._normalize(group, x, u, rule)
         if group["nonfinite"] != "propagate":
             # One NaN is in the norm and so in every entry; a lone Inf has been clipped.
             bad = x[:, 0, 0].isnan()

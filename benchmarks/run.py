@@ -30,7 +30,18 @@ from stiefel.linalg import orthogonality_error
 from stiefel.linalg.coefficients import NAMES, scalar_image, table
 from stiefel.linalg.polar import newton_schulz
 from stiefel.linalg.schulz import normalize_into, orthogonalize, product_dtype
-from stiefel.optim import RMNP, Muon, NorMuon, rmnp_direction
+from stiefel.optim import (
+    ARO,
+    RMNP,
+    ROOT,
+    AuON,
+    DCTAdamW,
+    HybridAuON,
+    Muon,
+    NorMuon,
+    Trion,
+    rmnp_direction,
+)
 
 SHAPES = ((384, 384),) * 24 + ((1536, 384),) * 6 + ((384, 1536),) * 6
 LARGEST_STACK = 6 * 1536 * 384 * 4  # bytes, float32
@@ -60,6 +71,14 @@ def candidates() -> dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimiz
         "stiefel NorMuon": lambda p: NorMuon(p),
         "stiefel NorMuon nesterov": lambda p: NorMuon(p, nesterov=True),
         "stiefel NorMuon ns=fast": lambda p: NorMuon(p, ns="fast"),
+        "stiefel ROOT": lambda p: ROOT(p),
+        "stiefel ROOT sampled": lambda p: ROOT(p, quantile_mode="sampled"),
+        "stiefel ARO": lambda p: ARO(p),
+        "stiefel HybridAuON": lambda p: HybridAuON(p),
+        "stiefel Trion rank=1/4": lambda p: Trion(p),
+        "stiefel DCTAdamW rank=1/4": lambda p: DCTAdamW(p),
+        "stiefel DCTAdamW 8-bit feedback": lambda p: DCTAdamW(p, error_feedback=8),
+        "stiefel AuON": lambda p: AuON(p),
         "stiefel RMNP": lambda p: RMNP(p),
         "stiefel RMNP weight_decay=0.1": lambda p: RMNP(p, weight_decay=0.1),
     }

@@ -33,5 +33,6 @@ from stiefel.optim.rmnp import row_dominance as row_dominance
 from stiefel.optim.root import ROOT as ROOT
 from stiefel.optim.root import soft_clip as soft_clip
 from stiefel.optim.sinkhorn import sinkhorn_normalize as sinkhorn_normalize
+from stiefel.optim.trainer import trainer_optimizer as trainer_optimizer
 from stiefel.optim.trion import Trion as Trion
 from stiefel.optim.trion import trion_direction as trion_direction

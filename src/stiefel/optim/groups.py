@@ -296,8 +296,8 @@ def warn_of_empty_groups(groups: Sequence[Mapping[str, Any]], explicit: bool) ->
         rules[group["rule"]] += len(group["params"])
     if not rules["matrix"]:
         warnings.warn(
-            "no parameter is updated by the matrix rule; every one goes to AdamW. If the model was "
-            "wrapped in FSDP1, its parameters are flattened to one dimension: use fully_shard",
+            "no parameter is updated by the matrix rule; every one goes to AdamW. Under FSDP1 all "
+            "parameters are flattened to one dimension, and no matrix is left",
             UserWarning,
             stacklevel=3,
         )

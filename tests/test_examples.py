@@ -1,0 +1,86 @@
+"""Every example runs from the command line, goes on from its checkpoint, and refuses clearly."""
+
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = {"tiny_gpt2"}  # imported by the others
+SCRIPTS = sorted(p for p in (ROOT / "examples").glob("*.py") if p.stem not in SHARED)
+NEEDED = {
+    "plain_loop": ["transformers"],
+    "accelerate_loop": ["transformers", "accelerate"],
+    "transformers_trainer": ["transformers", "accelerate"],
+}
+UNTRAINED = 5.545  # log 256
+
+every_example = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+
+
+def start(*command, cwd):
+    """A fresh Python on one thread, without the hub."""
+    return subprocess.run(
+        [sys.executable, "-W", "error", *map(str, command)],
+        cwd=cwd,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def held_out(process):
+    """The loss that it ended with."""
+    assert process.returncode == 0, process.stderr
+    return float(re.search(r"^held-out loss (\d+\.\d+)$", process.stdout, re.MULTILINE)[1])
+
+
+def test_all_examples_are_known():
+    assert {script.stem for script in SCRIPTS} == NEEDED.keys()
+
+
+@every_example
+def test_it_learns_and_a_second_run_goes_on_from_the_middle(script, tmp_path):
+    command = (script, "--steps", 20, "--out", "run")
+    first = start(*command, cwd=tmp_path)
+    assert "going on" not in first.stdout
+    assert held_out(first) < UNTRAINED - 1.5
+
+    shutil.rmtree(tmp_path / "run" / "checkpoint-20", ignore_errors=True)  # Trainer's last one
+    second = start(*command, cwd=tmp_path)
+    assert re.search(r"^going on from (step |checkpoint-)10$", second.stdout, re.MULTILINE)
+    assert held_out(second) == held_out(first)
+
+
+def run_here(monkeypatch, script, *arguments):
+    """In this process, which has torch already; for what ends before any training."""
+    monkeypatch.syspath_prepend(script.parent)
+    monkeypatch.setattr(sys, "argv", [script.name, *arguments])
+    for name in SHARED:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    return ended.value.code
+
+
+@every_example
+def test_a_missing_package_is_named_with_its_extra(script, monkeypatch):
+    for missing in NEEDED[script.stem]:
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, missing, None)
+            message = run_here(patch, script)
+        assert message.startswith(f"This example needs {missing}. Install with: ")
+        assert 'pip install "stiefel[train]"' in message
+
+
+@every_example
+def test_too_few_steps_are_refused(script, monkeypatch, capsys):
+    assert run_here(monkeypatch, script, "--steps", "1") == 2
+    assert "--steps must be at least 2, got 1" in capsys.readouterr().err

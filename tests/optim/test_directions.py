@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from law_table import close, every_row, flat, noise, parameters, train
+from law_table import ROWS, close, every_row, flat, noise, parameters, train
 from torch import nn
 
 from stiefel.linalg import as_table, haar, orthogonalize, polar
@@ -181,7 +181,7 @@ def test_directions_turn_with_the_columns(shape):
         close([rmnp_direction(g @ q)], [rmnp_direction(g) @ q], 1e-10)
 
 
-@every_row
+@pytest.mark.parametrize("row", [r for r in ROWS if r.turns], ids=lambda row: row.name)
 def test_optimizers_turn_with_the_columns(row):
     """Statistics of columns cannot: there, a shape whose long side is the rows."""
     shape = (6, 4) if row.kwargs.get("reduce") == "long" else (4, 6)

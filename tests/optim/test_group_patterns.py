@@ -72,7 +72,7 @@ def test_groups_of_each_rule_are_there_even_if_empty():
 def test_flattened_models_warn(cls):
     """FSDP1 hands out one-dimensional pieces."""
     model = nn.ParameterList([nn.Parameter(torch.randn(120)) for _ in range(3)])
-    with pytest.warns(UserWarning, match="flattened to one dimension: use fully_shard"):
+    with pytest.warns(UserWarning, match="flattened to one dimension, and no matrix is left"):
         optimizer = cls(split_parameters(model))
     model[0].grad = torch.ones(120)
     optimizer.step()

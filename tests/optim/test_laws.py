@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from law_table import (
     MATRICES,
+    ONE_EACH,
     ROWS,
     close,
     every_row,
@@ -15,14 +16,13 @@ from law_table import (
     noise,
     one_each,
     parameters,
+    rows_with,
     same,
     set_gradients,
     train,
     values,
 )
 from torch import nn
-
-from stiefel.optim import RMNP
 
 NAMES = ("fitted", "fast", "classic", "polar_express")
 
@@ -37,7 +37,9 @@ def test_a_step_moves_every_parameter_down_the_gradient(row):
         assert ((p - old) * p.grad).sum() < 0
 
 
-@every_row
+@pytest.mark.parametrize(
+    "row", [r for r in ROWS if r in ONE_EACH or "error_feedback" in r.kwargs], ids=lambda r: r.name
+)
 def test_it_solves_a_least_squares_problem(row):
     target = 0.2 * noise((6, 4), 7)
     weight = nn.Parameter(torch.zeros(6, 4, dtype=torch.float64))
@@ -51,8 +53,7 @@ def test_it_solves_a_least_squares_problem(row):
     assert (weight - target).square().sum() < 1e-3 * target.square().sum()
 
 
-@every_row
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@rows_with("dtype", (torch.float32, torch.bfloat16, torch.float16))
 def test_lower_precision_follows_float64(row, dtype):
     optimizer, exact = row(model(dtype)), row(model())
     for p, q in zip(flat(optimizer), flat(exact), strict=True):
@@ -67,7 +68,8 @@ def test_lower_precision_follows_float64(row, dtype):
     matrices = optimizer.param_groups[0]["params"]
     for i, (p, q) in enumerate(zip(flat(optimizer), flat(exact), strict=True)):
         assert p.dtype == dtype
-        assert optimizer.state[p].get("momentum_buffer", p).dtype == dtype
+        for key, value in optimizer.state[p].items():
+            assert value.dtype == row.kept(key, value, dtype)
         moved = (q - before[i]).norm()
         # bfloat16 products everywhere; below float32 the parameters themselves are rounded too.
         rounding = 3 * torch.finfo(dtype).eps * before[i].norm()
@@ -90,9 +92,9 @@ def test_precision_of_the_products_is_as_asked(row):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("row", [r for r in ROWS if r.products], ids=lambda row: row.name)
+@pytest.mark.parametrize("row", [r for r in ROWS if r.polynomial], ids=lambda row: row.name)
 def test_every_polynomial_serves_every_method(row, name):
-    optimizer = row(parameters(), ns=name, weight_decay=0.0)
+    optimizer = row(parameters(), weight_decay=0.0, **{row.polynomial: name})
     before = values(optimizer)
     train(optimizer, 1)
     for p, old in zip(flat(optimizer), before, strict=True):
@@ -134,8 +136,7 @@ def test_all_silent_changes_nothing(row):
     assert not optimizer.state
 
 
-@every_row
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@rows_with("dtype", (torch.float64, torch.float32, torch.bfloat16))
 def test_zero_gradients_only_decay(row, dtype):
     optimizer = row(model(dtype), weight_decay=0.5, adamw_weight_decay=0.25, adamw_lr=0.01)
     before = values(optimizer)
@@ -180,7 +181,7 @@ def test_decay_is_decoupled(row):
     assert (values(decayed)[0] - values(free)[0]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("row", [r for r in ROWS if r.scale_free], ids=lambda row: row.name)
+@pytest.mark.parametrize("row", [r for r in ONE_EACH if r.scale_free], ids=lambda row: row.name)
 @given(exponent=st.floats(-8, 8))
 @settings(max_examples=6, deadline=None)
 def test_scaling_all_gradients_changes_nothing(row, exponent):
@@ -229,8 +230,7 @@ def test_shared_batches_equal_an_optimizer_for_each_parameter(row):
             close([together.state[flat(together)[i]][key]], [value])
 
 
-@every_row
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@rows_with("dtype", (torch.float64, torch.float32, torch.bfloat16))
 def test_gradients_are_left_bitwise(row, dtype):
     optimizer = row(model(dtype))
     for step in range(2):
@@ -240,9 +240,12 @@ def test_gradients_are_left_bitwise(row, dtype):
         assert same(before, [p.grad for p in flat(optimizer)])
 
 
-@every_row
-@pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@rows_with(
+    "count dtype",
+    (1, 3),
+    (torch.float32, torch.bfloat16),
+    rows=[r for r in ROWS if r.running_mean],
+)
 def test_momentum_is_the_running_mean_and_nothing_else(row, dtype, count):
     """torch.optim.Muon normalises a bfloat16 momentum in place without Nesterov; this one not."""
     rate = row(parameters(((6, 4),))).defaults[row.momentum]
@@ -292,21 +295,21 @@ def test_closure(row):
     assert losses[0] > losses[1] > losses[2]
 
 
-@pytest.mark.parametrize(
-    "row", [r for r in ROWS if r.cls is RMNP or "nesterov" in r.kwargs], ids=lambda row: row.name
-)
-def test_a_thousand_bfloat16_steps_stay_finite(row):
+@one_each
+def test_hundreds_of_bfloat16_steps_stay_finite(row):
     weight = parameters(((8, 4),), torch.bfloat16)[0]
     optimizer = row([weight])
     gradients = noise((50, 8, 4), 3, torch.bfloat16)
-    for step in range(1000):
+    for step in range(400):
         weight.grad = gradients[step % 50] * 10.0 ** (step % 7 - 3)
         optimizer.step()
     assert torch.isfinite(weight).all()
     for value in optimizer.state[weight].values():
         assert torch.isfinite(value).all()
     # Singular values of an update are at most 1.5 · lr · scale, and there are four of them.
-    assert weight.float().norm() < 1000 * 0.02 * 1.5 * 2 * max(2**0.5, 0.2 * 8**0.5)
+    assert not row.bounded or weight.float().norm() < 400 * 0.02 * 1.5 * 2 * max(
+        2**0.5, 0.2 * 8**0.5
+    )
 
 
 @one_each
@@ -314,7 +317,8 @@ def test_empty_and_one_row_matrices(row):
     shapes = ((0, 4), (4, 0), (1, 5), (5, 1), (1, 1), (3, 2))
     optimizer = row(parameters(shapes))
     before = values(optimizer)
-    train(optimizer, 2)
+    train(optimizer, 1)
     for p, old in zip(flat(optimizer), before, strict=True):
-        assert torch.isfinite(p).all()
         assert not p.numel() or not torch.equal(p, old)
+    train(optimizer, 1, start=1)
+    assert all(torch.isfinite(p).all() for p in flat(optimizer))

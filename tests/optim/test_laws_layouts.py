@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from law_table import close, every_row, flat, noise, parameters, set_gradients, train, values
+from law_table import (
+    close,
+    every_row,
+    flat,
+    noise,
+    parameters,
+    rows_with,
+    set_gradients,
+    train,
+    values,
+)
 from torch import nn
 
 GRADIENT_STEPS = 3
@@ -45,9 +55,7 @@ def test_experts_are_matrices_of_their_own(row):
     close(list(weight), expected)
 
 
-@every_row
-@pytest.mark.parametrize("view", ["flatten", "transpose"])
-@pytest.mark.parametrize("blocks", [3, (4, 4, 4), (8, 2, 2), (1, 11)], ids=str)
+@rows_with("blocks view", (3, (4, 4, 4), (8, 2, 2), (1, 11)), ("flatten", "transpose"))
 def test_blocks_are_matrices_of_their_own(row, blocks, view):
     """Fused QKV, grouped-query attention with fewer keys and values included."""
     sizes = [12 // blocks] * blocks if isinstance(blocks, int) else list(blocks)

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from law_table import (
+    ONE_EACH,
     close,
     every_row,
     everything,
@@ -15,13 +16,14 @@ from law_table import (
     noise,
     one_each,
     parameters,
+    rows_with,
     same,
     set_gradients,
     train,
     values,
 )
 
-from stiefel.optim import RMNP, Muon, NorMuon
+from stiefel.optim import RMNP, Muon
 
 
 def by_file(state):
@@ -38,9 +40,10 @@ CARRIERS = {
 }
 
 
-@every_row
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("carrier", CARRIERS)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+
+
+@rows_with("dtype carrier", DTYPES, ("file", "pickle"))
 def test_resumed_equals_uninterrupted(row, dtype, carrier):
     through, stopped, resumed = (row(model(dtype)) for _ in range(3))
     train(through, 5)
@@ -65,8 +68,7 @@ def test_settings_travel(row):
         }
 
 
-@every_row
-@pytest.mark.parametrize("copier", ["deepcopy", "pickle"])
+@rows_with("copier", ("deepcopy", "pickle"))
 def test_a_copied_optimizer_goes_on_alike(row, copier):
     optimizer = row(model())
     train(optimizer, 2)
@@ -80,19 +82,15 @@ def test_a_copied_optimizer_goes_on_alike(row, copier):
     assert same(values(optimizer), values(twin))
 
 
-@every_row
-@pytest.mark.parametrize("old", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("new", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@rows_with("old new", DTYPES, DTYPES)
 def test_state_loads_onto_another_dtype(row, old, new):
     source, target = row(model(old)), row(model(new))
     train(source, 2)
     target.load_state_dict(by_file(source.state_dict()))
-    wide = torch.float64 if new == torch.float64 else torch.float32
     for p, q in zip(flat(source), flat(target), strict=True):
         assert source.state[p].keys() == target.state[q].keys()
         for key, value in target.state[q].items():
-            kept = {"second_moment": wide, "row_age": wide, "step": torch.float32}
-            assert value.dtype == kept.get(key, new)
+            assert value.dtype == row.kept(key, source.state[p][key], new)
             assert torch.equal(value, source.state[p][key].to(value.dtype))
     train(target, 2, start=2)
     assert all(torch.isfinite(p).all() for p in flat(target))
@@ -105,13 +103,14 @@ def test_statistics_of_bfloat16_parameters_are_not_rounded(row):
     target.load_state_dict(source.state_dict())
     rounded = False
     for p, q in zip(flat(source), flat(target), strict=True):
-        for key in ("second_moment", "row_age"):
+        for key in (*row.wide, *row.exact):
             if key in source.state[p]:
                 value = source.state[p][key]
                 assert same(value, target.state[q][key])
                 assert value.data_ptr() != target.state[q][key].data_ptr()
-                rounded |= not torch.equal(value, value.bfloat16().float())
-    assert rounded == (row.cls is NorMuon)
+                if key in row.wide:
+                    rounded |= not torch.equal(value, value.bfloat16().float())
+    assert rounded == bool(row.wide)
 
 
 @every_row
@@ -142,20 +141,20 @@ def test_hooks_see_and_change_what_is_loaded(row):
         lambda o: seen.append({k: v.clone() for k, v in o.state[flat(o)[0]].items()})
     )
     target.load_state_dict(copy.deepcopy(source.state_dict()))
-    expected = {k: v * 2 for k, v in source.state[flat(source)[0]].items()}
+    expected = {k: v * 2 if v.ndim else v for k, v in source.state[flat(source)[0]].items()}
     assert same(target.state[flat(target)[0]], expected)
     assert same(seen, [expected])
     assert len(target._optimizer_load_state_dict_pre_hooks) == 1
     assert len(target._optimizer_load_state_dict_post_hooks) == 1
 
 
-@pytest.mark.parametrize("cls", [Muon, NorMuon, RMNP])
+@pytest.mark.parametrize("row", [r for r in ONE_EACH if r.running_mean], ids=lambda row: row.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_run_of_torch_muon_goes_on(cls, dtype):
+def test_a_run_of_torch_muon_goes_on(row, dtype):
     weights = parameters(((6, 4), (4, 6)), dtype)
     theirs = torch.optim.Muon(weights, lr=0.01, weight_decay=0.2, momentum=0.9)
     train(theirs, 2)
-    own = cls([p.detach().clone().requires_grad_() for p in weights], lr=0.5)
+    own = row([p.detach().clone().requires_grad_() for p in weights], lr=0.5)
     own.load_state_dict(by_file(theirs.state_dict()))
     group = own.param_groups[0]
     assert (group["lr"], group["weight_decay"], group["rule"]) == (0.01, 0.2, "matrix")
@@ -232,15 +231,13 @@ def test_groups_of_other_sizes_are_refused(row):
 
 
 @every_row
-def test_statistics_are_one_number_for_each_neuron(row):
-    optimizer = row(
-        parameters(((6, 4), (4, 6))), **({"reduce": "rows"} if row.cls is NorMuon else {})
-    )
+def test_state_is_momentum_and_what_the_method_says(row):
+    optimizer = row(parameters(((6, 4), (4, 6))))
     train(optimizer, 1)
     for p in flat(optimizer):
-        extra = {k: v for k, v in optimizer.state[p].items() if k != "momentum_buffer"}
-        assert all(v.shape == (p.shape[0],) for v in extra.values())
-        assert bool(extra) == (row.cls is NorMuon)
+        assert set(optimizer.state[p]) == {row.first, *row.extra}
+        if row.per_neuron:
+            assert all(optimizer.state[p][key].shape == (p.shape[0],) for key in row.extra)
 
 
 def test_state_of_rmnp_is_half_of_adamw():

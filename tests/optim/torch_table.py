@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from law_table import CLASSES as LAW_CLASSES
 from law_table import noise
 from torch import nn
 from torch.optim import lr_scheduler
@@ -17,7 +18,7 @@ from torch_internal import (
     optim_db,
 )
 
-from stiefel.optim import RMNP, Muon, NorMuon
+from stiefel.optim import ARO, RMNP, ROOT, AuON, DCTAdamW, HybridAuON, Muon, NorMuon, Trion
 
 LEARNING_RATES = [
     OptimizerInput(params=None, kwargs={}, desc="default"),
@@ -81,6 +82,12 @@ OURS = [
     info(Muon, {"momentum": 0.8}, {"scale": "rms", "nesterov": False}, {"ns": "classic"}),
     info(NorMuon, {"betas": (0.8, 0.9)}, {"bias_correction": True}, {"reduce": "long"}),
     info(RMNP, {"momentum": 0.8}, {"nesterov": False, "scale": "rms"}),
+    info(ROOT, {"momentum": 0.8}, {"quantile": 0.7}, {"coefficients": "classic"}),
+    info(AuON, {"momentum": 0.8}, {"nesterov": False}, {"variant": "code", "gamma": 1.5}),
+    info(HybridAuON, {"momentum": 0.8}, {"variant": "paper"}, {"variant": "code"}),
+    info(ARO, {"beta": 0.8}, {"base": "adam"}, {"rotation_every": 2, "rms": None}),
+    info(Trion, {"rank": 0.6}, {"rank": 3, "ns": "classic"}, {"scale": "kimi", "norm": 2}),
+    info(DCTAdamW, {"betas": (0.8, 0.9)}, {"rank": 3, "error_feedback": 8}, {"update_gap": 2}),
 ]
 ADAMW = next(each for each in optim_db if each.optim_cls is torch.optim.AdamW)
 SETTINGS = [
@@ -89,6 +96,7 @@ SETTINGS = [
     for case in each.optim_inputs_func("cpu", torch.float64)
     if not {"maximize", "amsgrad", "capturable"} & case.kwargs.keys()
 ]
+assert {each.optim_cls for each in OURS} == set(LAW_CLASSES)
 CLASSES = [each.optim_cls for each in [*OURS, ADAMW]]
 every_setting = pytest.mark.parametrize(("cls", "kwargs"), SETTINGS)
 every_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)

@@ -6,6 +6,7 @@ Every matrix here is oriented: rows are the rotated side, m ≤ n.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -28,6 +29,7 @@ from stiefel.optim.sinkhorn import (
     row_map,
     sign_map,
 )
+from stiefel.optim.subspace import Layout, column_layout, natural_order
 
 BASES = ("sinkhorn", "row", "sign", "adam")
 
@@ -226,10 +228,13 @@ class ARO(MatrixOptimizer):
         return views
 
     def _variant(self, group: dict[str, Any], parameter: Tensor, index: int) -> Hashable:
-        """(whether the columns are rotated, set that shares R, whether R changes in this step)."""
+        """(whether columns are rotated, set that shares R, whether R changes now, memory layout).
+
+        QR depends on the order of what is rotated, and the second moment is saved in one order.
+        """
         slot, every = self._slots(group, parameter)[index], group["rotation_every"]
         due = every == 1 or int(self.state[parameter]["step"]) % every == 0
-        return slot.columns, slot.team, due
+        return slot.columns, slot.team, due, column_layout(group, parameter)
 
     # The step
 
@@ -238,16 +243,19 @@ class ARO(MatrixOptimizer):
         torch._foreach_add_([self.state[p]["step"] for p in params], 1)
         teams: dict[int, list[Batch]] = {}
         for batch in batches:
-            _, team, _ = _variant(batch)
+            _, team, _, order = _variant(batch)
             if team is None:
-                self._update(group, batch)
+                with natural_order(batch, order) as natural:
+                    self._update(group, natural)
             else:
                 teams.setdefault(team, []).append(batch)
         for team, members in teams.items():
-            self._update_team(group, team, members)
+            with ExitStack() as orders:
+                natural = [orders.enter_context(natural_order(b, _variant(b)[3])) for b in members]
+                self._update_team(group, team, natural)
 
     def _update(self, group: dict[str, Any], batch: Batch) -> None:
-        columns, _, due = _variant(batch)
+        columns, _, due, _ = _variant(batch)
         for part in self._parts(group, batch):
             part.advance(group["beta"])
             x, unit = self._unit(group, part)
@@ -269,7 +277,7 @@ class ARO(MatrixOptimizer):
         r = None
         if group["rotation"] != "identity":
             r = self._shared(group, team)
-            if any(due for _, _, due in map(_variant, batches)):
+            if any(due for _, _, due, _ in map(_variant, batches)):
                 self._turn(group, r, batches)
         for batch in batches:
             for part in self._parts(group, batch):
@@ -284,7 +292,7 @@ class ARO(MatrixOptimizer):
         def beside(key: str | None) -> Tensor:  # (1, m, all columns), in memory transposed
             stacks = []
             for batch in batches:
-                columns, _, _ = _variant(batch)
+                columns = _variant(batch)[0]
                 own = batch.momenta if key is None else [state[key] for state in batch.states]
                 stacks += [_oriented(t, not columns) for t in own]
             return torch.cat(stacks)[None].mT
@@ -340,7 +348,7 @@ class ARO(MatrixOptimizer):
         self, group: dict[str, Any], part: Batch, x: Tensor, unit: Tensor, r: Tensor | None
     ) -> None:
         """U from the stack ``x`` with rotations ``r`` (None: the identity), then the weights."""
-        columns, _, _ = _variant(part)
+        columns = _variant(part)[0]
         v = _moments(part, columns)
         final, m = self._map(group, v, unit, keep=True), _oriented(x, columns)
         u = _oriented(final(m) if r is None else aro_direction(m, r, final), columns)
@@ -369,7 +377,7 @@ class ARO(MatrixOptimizer):
         )
 
 
-def _variant(batch: Batch) -> tuple[bool, int | None, bool]:
+def _variant(batch: Batch) -> tuple[bool, int | None, bool, Layout | None]:
     return batch.variant  # pyrefly: ignore
 
 

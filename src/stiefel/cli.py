@@ -10,11 +10,13 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from stiefel import __version__
+from stiefel.cli_options import JsonOption, fail, seed_list
+from stiefel.cli_race import EXAMPLES, HELP, race
 
 if TYPE_CHECKING:
     from stiefel.atlas import Result
@@ -43,11 +45,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
-def _fail(message: str) -> NoReturn:
-    typer.secho(f"stiefel: {message}", fg="red", err=True)
-    raise typer.Exit(2)
-
-
 def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"stiefel {__version__}")
@@ -63,7 +60,6 @@ def _app(
     """Papers on orthogonality, initialisation and low rank, each re-checked on your machine."""
 
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
 ResultsOption = Annotated[
     Path, typer.Option("--results", help="Folder that holds the results.", show_default=True)
 ]
@@ -135,16 +131,6 @@ def show(
     say(Text(f"Check it: stiefel reproduce {slug}", "bold"))
 
 
-def _seed_list(text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdecimal() for part in parts):
-        raise typer.BadParameter(f"want whole numbers joined by commas, as in 0,1,2; got {text!r}")
-    seeds = [int(part) for part in parts]
-    if len(set(seeds)) < len(seeds):
-        raise typer.BadParameter(f"each seed once, got {text!r}")
-    return seeds
-
-
 def _scale_name(text: str) -> str:
     allowed = ("smoke", "laptop", "paper")
     if text not in allowed:
@@ -189,10 +175,7 @@ def reproduce(
     Interrupted runs go on where they stopped: results that the same code has made are not made
     again. A paper from elsewhere is named as MODULE:NAME.
     """
-    try:
-        wanted = _seed_list(seeds)
-    except typer.BadParameter as error:
-        raise typer.BadParameter(error.message, param_hint="--seeds") from None
+    wanted = seed_list(seeds)
     chosen = _chosen(slugs)
     results = _run(chosen, scale, wanted, jobs, out, page, force, as_json)
     if not as_json:
@@ -245,9 +228,9 @@ def _run(
             on_result=finished,
         )
     except MissingPackageError as error:
-        _fail(str(error))
+        fail(str(error))
     except OSError as error:
-        _fail(f"cannot write: {error}")
+        fail(f"cannot write: {error}")
     except KeyboardInterrupt:
         typer.echo(
             f"\nInterrupted. What was finished is kept in {out}; "
@@ -255,6 +238,13 @@ def _run(
             err=True,
         )
         raise typer.Exit(130) from None
+
+
+app.command(
+    help=HELP,
+    epilog=EXAMPLES,
+    short_help="Which optimizer for your model? All of them under one protocol.",
+)(race)
 
 
 @app.command(epilog="Example: [bold]stiefel atlas --results results --out build/atlas --open[/]")
@@ -269,9 +259,9 @@ def atlas(
     try:
         index = build_page(results, out)
     except MissingPackageError as error:
-        _fail(str(error))
+        fail(str(error))
     except OSError as error:
-        _fail(f"cannot write: {error}")
+        fail(f"cannot write: {error}")
     typer.echo(f"Page: {index}")
     if open_:
         typer.launch(index.absolute().as_uri())
@@ -298,7 +288,7 @@ def _chosen(names: list[str] | None) -> list[Paper]:
     slugs = [paper.slug for paper in papers]
     twice = [slug for slug in dict.fromkeys(slugs) if slugs.count(slug) > 1]
     if twice:
-        _fail(f"asked for twice: {', '.join(twice)}")
+        fail(f"asked for twice: {', '.join(twice)}")
     return papers
 
 
@@ -310,12 +300,12 @@ def _paper(name: str) -> Paper:
         try:
             return get(name)
         except KeyError as error:
-            _fail(str(error.args[0]))
+            fail(str(error.args[0]))
     module, _, attribute = name.partition(":")
     try:
         paper = getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        _fail(f"cannot load {name!r}: {error}")
+        fail(f"cannot load {name!r}: {error}")
     if not isinstance(paper, Paper):
-        _fail(f"{name!r} is a {type(paper).__name__}, not a Paper")
+        fail(f"{name!r} is a {type(paper).__name__}, not a Paper")
     return paper

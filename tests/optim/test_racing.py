@@ -512,7 +512,7 @@ def test_a_race_on_a_model_of_one_s_own():
 
 
 def test_a_race_on_text(corpus):
-    result = race(text=[corpus], optimizers=["muon"], steps=8, seeds=(0,), size=TINY)
+    result = race(text=[corpus], optimizers=["muon"], steps=8, seeds=(0,), size=TINY, lr=0.1)
     content = result.to_json()
     json.dumps(content, allow_nan=False)
     assert content["settings"]["task"]["text"] == [str(corpus)]

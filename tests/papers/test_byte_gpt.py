@@ -7,6 +7,7 @@ from torch import nn
 from stiefel.data import MissingDataError
 from stiefel.papers import UnavailableError, byte_gpt, race
 from stiefel.papers.byte_gpt import GPT, GPTSize, build_optimizer, project, rate_factor
+from stiefel.papers.contestants import FACTORIES
 from stiefel.papers.paper import Scale
 
 SMALL = GPTSize(width=24, blocks=2, heads=3, context=10, vocabulary=17)
@@ -126,7 +127,7 @@ def test_cosine_schedule_and_unknown_ones():
         rate_factor(0, 100, 10, "step")
 
 
-@pytest.mark.parametrize("method", ["adamw", "muon", "muon-exact-rms", "normuon", "rmnp"])
+@pytest.mark.parametrize("method", FACTORIES)
 def test_every_method_gives_adamw_the_same_rest_without_decay(method):
     model = GPT(SMALL, seed=0)
     optimizer = build_optimizer(model, method, lr=0.5)
@@ -136,8 +137,7 @@ def test_every_method_gives_adamw_the_same_rest_without_decay(method):
     assert (matrices["lr"], rest["lr"]) == (0.5, 3e-3)
     assert matrices["weight_decay"] == rest["weight_decay"] == 0
     assert tuple(rest["betas"]) == (0.9, 0.95)
-    if method != "adamw":
-        assert matrices["nesterov"] is True
+    assert matrices.get("nesterov", True) is (method != "muon-plain")
 
 
 def test_unknown_method():
@@ -145,7 +145,7 @@ def test_unknown_method():
         build_optimizer(GPT(SMALL, seed=0), "sgd", lr=0.1)
 
 
-@pytest.mark.parametrize("method", ["adamw", "muon", "muon-exact-rms", "normuon", "rmnp"])
+@pytest.mark.parametrize("method", FACTORIES)
 def test_a_run_is_determined_by_its_config_and_learns(method):
     config = race.plan(Scale.SMOKE).config(method, 5e-3, seed=1)
     first, second = (byte_gpt.train(config, quiet) for _ in range(2))

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from stiefel.linalg.coefficients import table
 from stiefel.papers import byte_gpt, probes
 from stiefel.papers.byte_gpt import GPT, GPTSize, build_optimizer
 
@@ -80,3 +81,58 @@ def test_probes_look_early_and_late():
     assert probes.PROBES["rmnp"].steps(200) == {10, 50, 100, 150, 200}
     assert probes.PROBES["normuon"].steps(200) == {50, 75, 100, 125, 150, 175, 200}
     assert 0 not in probes.PROBES["rmnp"].steps(4) | probes.PROBES["normuon"].steps(4)
+
+
+def nesterov(model, optimizer, name):
+    weight = model.matrices()[name]
+    momentum = optimizer.state[weight]["momentum_buffer"].double()
+    return 0.05 * weight.grad.double() + 0.95 * momentum
+
+
+def test_orthogonality_is_on_the_clipped_momentum_matrix_by_matrix():
+    model, optimizer, before = steps_of("root")
+    numbers = probes.orthogonality(model, optimizer, before)
+    classic, fitted, ratios, shares = [], [], [], []
+    for block in "01":
+        u = nesterov(model, optimizer, f"{block}.up.weight")
+        limit = u.abs().flatten().quantile(0.9)
+        kept = u.clamp(-limit, limit)
+        shares.append((u - kept).abs().sum() / u.abs().sum())
+        for matrix in (u, kept):
+            sigma = torch.linalg.svdvals(matrix / matrix.norm())
+            by = {"classic": [(3.4445, -4.7750, 2.0315)] * 5, "fitted": table("fitted").triples}
+            errors = {}
+            for name, triples in by.items():
+                x = sigma
+                for a, b, c in triples:
+                    x = a * x + b * x**3 + c * x**5
+                errors[name] = (x - 1).square().mean().item()
+            ratios.append(errors["fitted"] / errors["classic"])
+        classic.append(errors["classic"])
+        fitted.append(errors["fitted"])
+    tall = numbers["tall"]
+    assert tall["classic"] == pytest.approx(sum(classic) / 2, rel=1e-3)
+    assert tall["fitted"] == pytest.approx(sum(fitted) / 2, rel=1e-3)
+    assert tall["ratio"] == pytest.approx(max(ratios), rel=1e-3)
+    assert tall["removed"] == pytest.approx(float(sum(shares)) / 2, rel=1e-3)
+    assert set(numbers) == {"square", "tall", "wide"}
+
+
+def test_the_cosh_of_auon_scales_by_its_root_mean_square():
+    model, optimizer, before = steps_of("auon")
+    weights = {name: p.detach().clone() for name, p in model.matrices().items()}
+    numbers = probes.cosh_effect(model, optimizer, before)
+    for block in "01":
+        u = nesterov(model, optimizer, f"{block}.down.weight")
+        r = (u / u.norm()).cosh().square().mean().sqrt().item()
+        assert numbers["wide"]["difference"] == pytest.approx(1 - 1 / r, rel=0.02)
+    # A square matrix has a quarter of the entries: four times the effect.
+    ratio = numbers["square"]["difference"] / numbers["wide"]["difference"]
+    assert ratio == pytest.approx(4, rel=0.03)
+    for name, parameter in model.matrices().items():  # only looked at
+        assert torch.equal(parameter, weights[name])
+
+
+def test_probes_of_root_and_auon_look_as_often_as_their_claims_say():
+    assert probes.PROBES["root"].steps(200) == {10, 100, 200}
+    assert probes.PROBES["auon"].steps(200) == set(range(1, 201))

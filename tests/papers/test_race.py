@@ -1,3 +1,4 @@
+import dataclasses
 import math
 from itertools import pairwise
 
@@ -97,6 +98,15 @@ def test_configs_hold_the_text_and_everything_else():
         12,
     )
     assert plan.config("muon", 0.01, 2)["steps"] == plan.steps == 20
+
+
+def test_a_variant_is_a_method_with_settings_of_its_own():
+    plan = dataclasses.replace(
+        race.plan(Scale.SMOKE), variants={"noisy": {"method": "muon", "outliers": 3}}
+    )
+    config = plan.config("noisy", 0.01, 2, steps=12)
+    assert config == plan.config("muon", 0.01, 2, steps=12) | {"outliers": 3}
+    assert "outliers" not in plan.config("muon", 0.01, 2)
 
 
 def test_laptop_scale_is_the_experiment_of_the_sheet():

@@ -6,8 +6,10 @@
 100000
 """
 
+from stiefel.data.images import Picture as Picture
+from stiefel.data.images import photograph as photograph
 from stiefel.data.text import MissingDataError as MissingDataError
 from stiefel.data.text import Text as Text
 from stiefel.data.text import python_source as python_source
 
-__all__ = ["MissingDataError", "Text", "python_source"]
+__all__ = ["MissingDataError", "Picture", "Text", "photograph", "python_source"]

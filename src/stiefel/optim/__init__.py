@@ -26,6 +26,7 @@ from stiefel.optim.groups import split_parameters as split_parameters
 from stiefel.optim.muon import Muon as Muon
 from stiefel.optim.normuon import NorMuon as NorMuon
 from stiefel.optim.normuon import normuon_direction as normuon_direction
+from stiefel.optim.racing import race as race
 from stiefel.optim.rmnp import RMNP as RMNP
 from stiefel.optim.rmnp import polar_cosine as polar_cosine
 from stiefel.optim.rmnp import rmnp_direction as rmnp_direction

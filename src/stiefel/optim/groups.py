@@ -38,9 +38,9 @@ def split_parameters(
 
     Args:
         model: Any module. Parameters with ``requires_grad=False`` are left out.
-        head: ``"auto"`` treats as heads what ``model.get_output_embeddings()`` returns, every
-            linear layer that is as wide as some embedding's vocabulary, and, where neither exists,
-            the last linear layer registered. ``None``: no heads. Else name patterns.
+        head: ``"auto"`` treats as head what ``model.get_output_embeddings()`` returns, else the
+            last linear layer from the largest embedding's width to its vocabulary, and without any
+            embedding the last linear layer registered. ``None``: no heads. Else name patterns.
         elementwise: Name patterns that must go elementwise.
         matrix: Name patterns that must go by the matrix rule, over all other rules.
         split: Pattern → number of equal row blocks, or their sizes. Each block is a matrix of its
@@ -183,12 +183,15 @@ def _heads(model: nn.Module, head: Any, names: Mapping[str, Tensor]) -> set[int]
     output = getattr(model, "get_output_embeddings", lambda: None)()
     if isinstance(output, nn.Module):
         return {id(p) for p in output.parameters(recurse=False)}
-    vocabularies = {m.num_embeddings for m in model.modules() if isinstance(m, _EMBEDDINGS)}
+    embeddings = [m for m in model.modules() if isinstance(m, _EMBEDDINGS)]
     linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    found = [m for m in linear if m.out_features in vocabularies] or (
-        [] if vocabularies else linear[-1:]
-    )
-    return {id(m.weight) for m in found}
+    if embeddings:
+        # Positions and types are embeddings too, and hidden layers may be as wide as a vocabulary:
+        # only the last layer that undoes the largest embedding counts.
+        largest = max(embeddings, key=lambda m: m.num_embeddings)
+        shape = (largest.num_embeddings, largest.embedding_dim)
+        linear = [m for m in linear if (m.out_features, m.in_features) == shape]
+    return {id(m.weight) for m in linear[-1:]}
 
 
 def _first_convolution(model: nn.Module) -> set[int]:

@@ -22,6 +22,12 @@ COLOURS = {
     "rmnp": ORANGE,
     "muon-exact-rms": VIOLET,
     "short": GREEN,
+    "root": ORANGE,
+    "root-clip": GREEN,
+    "root-coefficients": VIOLET,
+    "auon": ORANGE,
+    "hybrid-auon": GREEN,
+    "control": VIOLET,
     "square": BLUE,
     "tall": ORANGE,
     "wide": GREEN,
@@ -32,6 +38,9 @@ LABELS = {
     "muon": "Muon",
     "normuon": "NorMuon",
     "rmnp": "RMNP",
+    "root": "ROOT",
+    "auon": "AuON",
+    "hybrid-auon": "Hybrid-AuON",
     "muon-exact-rms": "Muon, exact RMS",
 }
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 # Momentum of every matrix method in the race, Nesterov form.
 MOMENTUM = 0.95
+# Above this quantile of its absolute values ROOT clips the momentum.
+CLIP_QUANTILE = 0.9
 # Singular values below this share of the largest are left out of a condition number: the smallest
 # of a square matrix is an accident.
 CONDITION_FLOOR = 0.01
@@ -71,9 +74,8 @@ def row_norms(
 
     weights, numbers = model.matrices(), {}
     for name_of_kind, names in by_kind(weights).items():
-        momentum = torch.stack([optimizer.state[weights[n]]["momentum_buffer"] for n in names])
-        gradient = torch.stack([_gradient(weights[n]) for n in names])
-        plain = newton_schulz(torch.lerp(gradient, momentum, MOMENTUM), coefficients="classic")
+        momentum = _nesterov([weights[n] for n in names], optimizer)
+        plain = newton_schulz(momentum, coefficients="classic")
         applied = torch.stack([before[n] - weights[n].detach() for n in names])
         numbers[name_of_kind] = {
             "variation_before": float(variation(plain).mean()),
@@ -108,6 +110,76 @@ def dominance(
     return numbers
 
 
+def orthogonality(
+    model: GPT, optimizer: torch.optim.Optimizer, before: Mapping[str, Tensor]
+) -> Numbers:
+    """How far five Newton–Schulz steps leave ROOT's momentum from orthogonal, by coefficients.
+
+    On the exact singular values of the Nesterov momentum and of what ROOT keeps of it: the mean
+    (σ − 1)² with classic and with fitted coefficients (means over the matrices, *clipped*), and
+    the largest ratio of the two on one matrix.
+    """
+    from stiefel.linalg.coefficients import scalar_image, table
+    from stiefel.optim import soft_clip
+
+    tables = {name: table(name, 5).triples for name in ("classic", "fitted")}
+    weights, numbers = model.matrices(), {}
+    for name_of_kind, names in by_kind(weights).items():
+        momentum = _nesterov([weights[n] for n in names], optimizer)
+        clipped, outliers = soft_clip(momentum, CLIP_QUANTILE)
+        errors = {}
+        for which, matrices in (("raw", momentum), ("clipped", clipped)):
+            sigma = torch.linalg.svdvals(matrices.double())
+            sigma = (sigma / torch.linalg.vector_norm(sigma, dim=-1, keepdim=True)).numpy()
+            for name, triples in tables.items():
+                deviation = (scalar_image(sigma, triples) - 1) ** 2
+                errors[which, name] = deviation.mean(axis=-1)
+        removed = outliers.abs().sum((-2, -1)) / momentum.abs().sum((-2, -1))
+        numbers[name_of_kind] = {
+            "classic": float(errors["clipped", "classic"].mean()),
+            "fitted": float(errors["clipped", "fitted"].mean()),
+            "ratio": max(
+                float(np.max(errors[which, "fitted"] / errors[which, "classic"]))
+                for which in ("raw", "clipped")
+            ),
+            "removed": float(removed.mean()),
+        }
+    return numbers
+
+
+def cosh_effect(
+    model: GPT, optimizer: torch.optim.Optimizer, before: Mapping[str, Tensor]
+) -> Numbers:
+    """How AuON's update differs from Frobenius-normalised momentum.
+
+    Both are made from the momentum of this step, AuON's by a step of the optimizer itself on zero
+    weights, where no rounding of the weights hides a difference: the largest
+    ‖AuON − normalised‖ / ‖normalised‖ of all matrices of a kind.
+    """
+    from stiefel.optim import AuON
+    from stiefel.optim.settings import scale_factor
+
+    weights, numbers = model.matrices(), {}
+    for name_of_kind, names in by_kind(weights).items():
+        momentum = _nesterov([weights[n] for n in names], optimizer)
+        still = [torch.zeros_like(u) for u in momentum]
+        for parameter, u in zip(still, momentum, strict=True):
+            parameter.grad = u
+        AuON(still, lr=1.0, momentum=0.0, nesterov=False).step()
+        expected = momentum / torch.linalg.matrix_norm(momentum, keepdim=True)
+        expected *= scale_factor("spectral", *momentum.shape[-2:])
+        difference = torch.linalg.matrix_norm(torch.stack(still) + expected)
+        relative = difference / torch.linalg.matrix_norm(expected)
+        numbers[name_of_kind] = {"difference": float(relative.max())}
+    return numbers
+
+
+def _nesterov(weights: list[Tensor], optimizer: torch.optim.Optimizer) -> Tensor:
+    """The momentum that the last step applied, one step ahead, as [matrices, R, C]."""
+    momentum = torch.stack([optimizer.state[w]["momentum_buffer"] for w in weights])
+    return torch.lerp(torch.stack([_gradient(w) for w in weights]), momentum, MOMENTUM)
+
+
 def _gradient(weight: Tensor) -> Tensor:
     if weight.grad is None:
         raise ValueError("a probe needs the gradients of the step; zero_grad ran before it")
@@ -124,8 +196,19 @@ def _few(steps: int) -> set[int]:
     return {steps // 20, *(steps * i // 4 for i in range(1, 5))} - {0}
 
 
+def _early_middle_end(steps: int) -> set[int]:
+    """A twentieth of the run (the warm-up), half of it, its end."""
+    return {steps // 20, steps // 2, steps} - {0}
+
+
+def _all(steps: int) -> set[int]:
+    return set(range(1, steps + 1))
+
+
 # Always on for these methods, so that the runs of a grid serve the figures too.
 PROBES: Mapping[str, Probe] = {
     "normuon": Probe(_eighths, row_norms),
     "rmnp": Probe(_few, dominance),
+    "root": Probe(_early_middle_end, orthogonality),
+    "auon": Probe(_all, cosh_effect),
 }

@@ -25,6 +25,14 @@ LAPTOP_GRIDS = {
     "muon": (7e-3, 1.4e-2, 2.8e-2),
     "normuon": (7e-3, 1.4e-2, 2.8e-2),
     "rmnp": (1.75e-3, 3.5e-3, 7e-3),
+    "aro": (5e-3, 1e-2, 2e-2),
+    "dct-adamw": (3e-3, 6e-3, 1.2e-2),
+    "svd-adamw": (3e-3, 6e-3, 1.2e-2),
+    "random-columns-adamw": (3e-3, 6e-3, 1.2e-2),
+    "root": (7e-3, 1.4e-2, 2.8e-2),
+    "auon": (2e-2, 4e-2, 8e-2),
+    "hybrid-auon": (1e-2, 2e-2, 4e-2),
+    "hybrid-auon-normalized": (1.5e-2, 3e-2, 6e-2),
 }
 # GPT-2 small: the rates of the papers' recipes in the middle.
 PAPER_GRIDS = {
@@ -32,6 +40,14 @@ PAPER_GRIDS = {
     "muon": (2.5e-3, 5e-3, 1e-2),
     "normuon": (2.5e-3, 5e-3, 1e-2),
     "rmnp": (2e-3, 4e-3, 8e-3),
+    "aro": (2.5e-3, 5e-3, 1e-2),
+    "dct-adamw": (6e-4, 1.2e-3, 2.4e-3),
+    "svd-adamw": (6e-4, 1.2e-3, 2.4e-3),
+    "random-columns-adamw": (6e-4, 1.2e-3, 2.4e-3),
+    "root": (2.5e-3, 5e-3, 1e-2),
+    "auon": (2.75e-2, 5.5e-2, 1.1e-1),
+    "hybrid-auon": (2.75e-2, 5.5e-2, 1.1e-1),
+    "hybrid-auon-normalized": (2.75e-2, 5.5e-2, 1.1e-1),
 }
 # For the card of every paper that races.
 RULES = (
@@ -53,10 +69,14 @@ class Plan:
     trainer: Trainer
     rounds: int
     """How often a grid that does not bracket is extended."""
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Further names that may stand for a method, with the settings they mean (``method`` among
+    them)."""
 
     def config(self, method: str, lr: float, seed: int, steps: int | None = None) -> Config:
-        """The whole input of one run."""
-        config: Config = {**self.settings, "method": method, "lr": lr, "seed": seed}
+        """The whole input of one run of a method or a variant."""
+        config: Config = {**self.settings, "method": method, **self.variants.get(method, {})}
+        config |= {"lr": lr, "seed": seed}
         if steps is not None:
             config["steps"] = steps
         return config

@@ -162,30 +162,32 @@ def _symmetric(
         else:
             torch.baddbmm(add, left, right, beta=beta, alpha=alpha, out=out)
         return
-    for i in range(out.shape[0]):  # mm takes strided operands as they are, bmm copies them
-        o, rows, columns = out[i], left[i], right[i]
+    sums = (None,) * len(out) if add is None else add.unbind(0)
+    for o, rows, columns, base in zip(
+        out.unbind(0), left.unbind(0), right.unbind(0), sums, strict=True
+    ):  # mm takes strided operands as they are, bmm copies them
         for start, stop in strips:
-            target = o[start:stop, start:]
-            if add is None:
-                torch.mm(rows[start:stop], columns[:, start:], out=target)
+            part, rest, target = rows[start:stop], columns[:, start:], o[start:stop, start:]
+            if base is None:
+                torch.mm(part, rest, out=target)
             else:
-                base = add[i, start:stop, start:]
-                torch.addmm(
-                    base, rows[start:stop], columns[:, start:], beta=beta, alpha=alpha, out=target
-                )
-            o[stop:, start:stop] = o[start:stop, stop:].mT
+                own = base[start:stop, start:]
+                torch.addmm(own, part, rest, beta=beta, alpha=alpha, out=target)
+    for start, stop in strips[:-1]:
+        out[:, stop:, start:stop] = out[:, start:stop, stop:].mT
 
 
 @lru_cache(maxsize=256)
 def _strips(n: int, inner: int, adds: bool, device: str) -> tuple[tuple[int, int], ...]:
     """Row ranges for a symmetric n × n product over ``inner``; one range means the plain product.
 
-    Strips save up to half of the work and lose to smaller products and the mirroring: on a CPU they
-    pay for long sums without a term to add, or for large n (measured at n = 256 … 1024).
+    Strips save up to half of the work and lose to smaller products and the mirroring: on a CPU two
+    pay without a term to add, three for long sums, and with one for large n only (measured at
+    n = 256 … 1024).
     """
-    if device != "cpu" or n < 256 or (n < 768 and (adds or inner < 2 * n)):
+    if device != "cpu" or n < (768 if adds else 256):
         return ((0, n),)
-    count = 3 if n < 768 else 4
+    count = (2 if inner < 2 * n else 3) + (n >= 768)
     width = -(-n // count // 32) * 32  # multiples of 32 keep the vector units full
     return tuple((i, min(i + width, n)) for i in range(0, n, width))
 

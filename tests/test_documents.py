@@ -1,0 +1,31 @@
+"""The Python blocks of the README and of every page of the documentation run as they stand."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# A reader pastes the blocks of a page one after the other: so they run, as one script.
+SCRIPTS = [
+    pytest.param("\n".join(blocks), id=path.name)
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    if (blocks := BLOCK.findall(path.read_text(encoding="utf-8")))
+]
+
+
+@pytest.mark.parametrize("text", SCRIPTS)
+def test_blocks_run(text, tmp_path, monkeypatch):
+    script = tmp_path / "page.py"
+    script.write_text(text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    names = runpy.run_path(str(script))
+    assert any(not name.startswith("__") for name in names)
+
+
+def test_links_between_documents_lead_somewhere():
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", path.read_text(encoding="utf-8")):
+            assert (path.parent / target).exists(), f"{path.name} links to {target}"

@@ -20,7 +20,7 @@ def gaussian(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def exact(actual, expected):
+def assert_exact(actual, expected):
     torch.testing.assert_close(
         actual, torch.tensor(expected, dtype=torch.float64), atol=6e-9, rtol=0
     )
@@ -28,14 +28,14 @@ def exact(actual, expected):
 
 def test_classic_newton_schulz_exact_values():
     out = newton_schulz(cosines(4, 3))
-    exact(out[0], [0.61249406, 0.19498940, -0.28582116])
-    exact(torch.linalg.svdvals(out), [1.08711036, 1.05955236, 1.04803441])
+    assert_exact(out[0], [0.61249406, 0.19498940, -0.28582116])
+    assert_exact(torch.linalg.svdvals(out), [1.08711036, 1.05955236, 1.04803441])
 
 
 def test_polar_express_exact_values():
     out = newton_schulz(cosines(4, 3), coefficients="polar_express")
-    exact(out[0], [0.60937506, 0.19637692, -0.25307372])
-    exact(torch.linalg.svdvals(out), [1.10964518, 1.01906075, 0.92323814])
+    assert_exact(out[0], [0.60937506, 0.19637692, -0.25307372])
+    assert_exact(torch.linalg.svdvals(out), [1.10964518, 1.01906075, 0.92323814])
 
 
 def test_polar_express_goes_on_to_the_exact_factor():
@@ -139,10 +139,10 @@ def test_tall_is_the_transpose_of_wide():
 def test_orthogonality_error_is_that_of_the_singular_values():
     x = torch.diag(torch.tensor([1.5, 1.0, 0.8], dtype=torch.float64))
     worst, mean = orthogonality_error(x)
-    exact(worst, 0.5)
-    exact(mean, (0.25 + 0.04) / 3)
+    assert_exact(worst, 0.5)
+    assert_exact(mean, (0.25 + 0.04) / 3)
     worst, _ = orthogonality_error(torch.stack([x, torch.eye(3, dtype=torch.float64)]))
-    exact(worst, [0.5, 0.0])
+    assert_exact(worst, [0.5, 0.0])
 
 
 def test_empty_matrices_and_batches():

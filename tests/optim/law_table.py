@@ -318,5 +318,7 @@ def same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and a == b
 
 
-def close(actual: list[Tensor], expected: list[Tensor], tolerance: float = 1e-12) -> None:
+def assert_all_close(
+    actual: list[Tensor], expected: list[Tensor], tolerance: float = 1e-12
+) -> None:
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)

@@ -60,7 +60,7 @@ GOLDEN = {
 BASES = tuple(GOLDEN)
 
 
-def exact(actual, expected, tolerance):
+def assert_exact(actual, expected, tolerance):
     expected = torch.tensor(expected, dtype=torch.float64)
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0)
 
@@ -70,7 +70,7 @@ def exact(actual, expected, tolerance):
 def test_exact_values(base, qr, tolerance):
     weight = run(THREE, base=base, qr=qr)
     for row, values in GOLDEN[base].items():
-        exact(weight[row], values, tolerance)
+        assert_exact(weight[row], values, tolerance)
 
 
 @pytest.mark.parametrize("base", [*BASES, "adam"])

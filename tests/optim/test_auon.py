@@ -28,7 +28,7 @@ def three(cls, rows, cols, **settings):
     return weight.detach(), optimizer.state[weight]
 
 
-def exact(actual, expected, tolerance=1.5e-8):
+def assert_exact(actual, expected, tolerance=1.5e-8):
     expected = torch.tensor(expected, dtype=torch.float64)
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0)
 
@@ -44,7 +44,7 @@ def ahead(weight, state):
 
 def test_auon_paper():
     weight, state = three(AuON, 4, 3)
-    exact(
+    assert_exact(
         weight,
         [
             [-0.00242837, 0.09417296, 0.10564856],
@@ -59,21 +59,21 @@ def test_auon_paper():
 
 def test_auon_code():
     weight, state = three(AuON, 4, 3, variant="code", gamma=1.5)
-    exact(weight[0], [0.06184468, 0.09342538, 0.04023195])
-    exact(weight[3], [-0.01694246, -0.13397836, -0.02708476])
+    assert_exact(weight[0], [0.06184468, 0.09342538, 0.04023195])
+    assert_exact(weight[3], [-0.01694246, -0.13397836, -0.02708476])
     assert math.isclose(rms_cosh(ahead(weight, state), 1.5), 1.0986744768, abs_tol=1e-7)
 
 
 def test_hybrid_normalized():
     weight, state = three(HybridAuON, 4, 3)
-    exact(weight[0], [0.00154164, 0.09358167, 0.09933197])
+    assert_exact(weight[0], [0.00154164, 0.09358167, 0.09933197])
     x = newton_schulz(ahead(weight, state), 1)
     assert math.isclose(rms_cosh(x), 1.0426504845, abs_tol=1e-7)
 
 
 def test_hybrid_paper():
     weight, state = three(HybridAuON, 4, 3, variant="paper")
-    exact(
+    assert_exact(
         weight,
         [
             [-0.03787206, 0.09489328, 0.14006541],
@@ -86,12 +86,12 @@ def test_hybrid_paper():
     x = newton_schulz(ahead(weight, state), 1)
     assert math.isclose(x.cosh().square().mean(), 1.3786565608, abs_tol=1e-6)
     weight, _ = three(HybridAuON, 3, 4, variant="paper")
-    exact(weight[0], [-0.02152459, 0.14018806, 0.13136316, 0.09974963], tolerance=1e-7)
+    assert_exact(weight[0], [-0.02152459, 0.14018806, 0.13136316, 0.09974963], tolerance=1e-7)
 
 
 def test_hybrid_code_is_muon_up_to_a_factor():
     weight, state = three(HybridAuON, 4, 3, variant="code", gamma=1.5)
-    exact(weight[0], [-0.02289184, 0.09306096, 0.12201955], tolerance=3e-7)
+    assert_exact(weight[0], [-0.02289184, 0.09306096, 0.12201955], tolerance=3e-7)
     x = newton_schulz(ahead(weight, state), 5)
     assert math.isclose(rms_cosh(x, 1.5), 1.1002994334, abs_tol=1e-7)
     steps = []

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from law_table import ROWS, close, every_row, flat, noise, parameters, train
+from law_table import ROWS, assert_all_close, every_row, flat, noise, parameters, train
 from torch import nn
 
 from stiefel.linalg import as_table, haar, orthogonalize, polar
@@ -25,14 +25,6 @@ every_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}×{
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 LR = 0.02
-
-
-def run_beside(optimizer, weight, twin, steps=4):
-    for step in range(steps):
-        weight.grad = noise(tuple(weight.shape), 50 + step)
-        optimizer.step()
-        twin.step(weight.grad)
-        close([weight.detach()], [twin.w], 1e-10)
 
 
 @every_dtype
@@ -109,7 +101,7 @@ def test_rows_are_independent_of_one_another():
 def test_eps_is_the_smallest_norm_divided_by():
     u = torch.tensor([[3e-13, 4e-13], [3e-12, 4e-12], [0.0, 0.0]], dtype=torch.float64)
     expected = torch.tensor([[0.3, 0.4], [0.6, 0.8], [0.0, 0.0]], dtype=torch.float64)
-    close([rmnp_direction(u)], [expected])
+    assert_all_close([rmnp_direction(u)], [expected])
 
 
 # Invariants of the sheets
@@ -154,7 +146,7 @@ def test_every_row_of_rmnp_has_the_asked_norm(shape, scale):
         weight.grad = noise(shape, step)
         optimizer.step()
         norms = (weight.detach() - old).norm(dim=1)
-        close([norms], [torch.full((rows,), LR * size, dtype=torch.float64)])
+        assert_all_close([norms], [torch.full((rows,), LR * size, dtype=torch.float64)])
 
 
 def test_scaling_one_row_changes_nothing_for_rmnp():
@@ -165,7 +157,7 @@ def test_scaling_one_row_changes_nothing_for_rmnp():
         b[0].grad = a[0].grad * torch.tensor([1.0, 1e-5, 1e5, 3.0, 1.0])[:, None]
         for optimizer in optimizers:
             optimizer.step()
-    close(b, a)
+    assert_all_close(b, a)
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
@@ -177,8 +169,8 @@ def test_directions_turn_with_the_columns(shape):
         g = noise(shape, step)
         a, v = normuon_direction(polar(g), v, 0.95, 1e-8)
         b, w = normuon_direction(polar(g @ q), w, 0.95, 1e-8)
-        close([b], [a @ q], 1e-10)
-        close([rmnp_direction(g @ q)], [rmnp_direction(g) @ q], 1e-10)
+        assert_all_close([b], [a @ q], 1e-10)
+        assert_all_close([rmnp_direction(g @ q)], [rmnp_direction(g) @ q], 1e-10)
 
 
 @pytest.mark.parametrize("row", [r for r in ROWS if r.turns], ids=lambda row: row.name)
@@ -193,7 +185,7 @@ def test_optimizers_turn_with_the_columns(row):
         turned.grad = weight.grad @ q
         for optimizer in optimizers:
             optimizer.step()
-    close([turned.detach()], [weight.detach() @ q], 1e-9)
+    assert_all_close([turned.detach()], [weight.detach() @ q], 1e-9)
 
 
 def test_square_and_wide_matrices_leave_normuon_little_to_do():
@@ -202,7 +194,7 @@ def test_square_and_wide_matrices_leave_normuon_little_to_do():
     for step in range(3):
         o = polar(noise((4, 6), step))
         direction, v = normuon_direction(o, v, 0.95, 0.0)
-        close([direction / direction.norm()], [o / o.norm()])
+        assert_all_close([direction / direction.norm()], [o / o.norm()])
     tall = polar(noise((6, 4), 0))
     direction, _ = normuon_direction(tall, torch.zeros(6, 1, dtype=torch.float64), 0.95, 0.0)
     assert (direction / direction.norm() - tall / tall.norm()).abs().max() > 0.01
@@ -220,9 +212,9 @@ def test_long_reduction_of_the_transpose_is_the_transpose(nesterov):
         flat(rows)[0].grad = b.grad
         for optimizer in (*optimizers, rows):
             optimizer.step()
-    close([b.detach().T], [a.detach()])
+    assert_all_close([b.detach().T], [a.detach()])
     state = [o.state[p]["second_moment"] for o, p in zip(optimizers, (a, b), strict=True)]
-    close(state[:1], state[1:])
+    assert_all_close(state[:1], state[1:])
     assert (flat(rows)[0] - b).abs().max() > 1e-6
 
 

@@ -23,7 +23,7 @@ def three_steps(cls, rows, cols, **settings):
     return weight.detach(), optimizer.state[weight]
 
 
-def exact(actual, expected):
+def assert_exact(actual, expected):
     expected = torch.tensor(expected, dtype=torch.float64)
     torch.testing.assert_close(actual, expected, atol=6e-9, rtol=0)
 
@@ -31,7 +31,7 @@ def exact(actual, expected):
 def test_muon():
     settings = {"weight_decay": 0.1, "ns": "classic"}
     weight, _ = three_steps(Muon, 4, 3, **settings)
-    exact(
+    assert_exact(
         weight,
         [
             [0.05653547, 0.09094825, 0.04139213],
@@ -41,12 +41,12 @@ def test_muon():
         ],
     )
     weight, _ = three_steps(Muon, 3, 4, **settings)
-    exact(weight[0], [0.06016722, 0.10496965, 0.03939051, -0.02868812])
+    assert_exact(weight[0], [0.06016722, 0.10496965, 0.03939051, -0.02868812])
 
 
 def test_normuon_algorithm_1():
     weight, state = three_steps(NorMuon, 4, 3, ns="classic")
-    exact(
+    assert_exact(
         weight,
         [
             [0.06963426, 0.08957039, 0.02648301],
@@ -55,16 +55,16 @@ def test_normuon_algorithm_1():
             [-0.03831086, -0.10933700, -0.04225586],
         ],
     )
-    exact(state["second_moment"], [0.01802446, 0.05213272, 0.03036325, 0.05570711])
+    assert_exact(state["second_moment"], [0.01802446, 0.05213272, 0.03036325, 0.05570711])
     weight, state = three_steps(NorMuon, 3, 4, ns="classic")
-    exact(weight[0], [0.07346965, 0.09542595, 0.02363255, -0.05705244])
-    exact(state["second_moment"], [0.03773701, 0.04237877, 0.03705487])
+    assert_exact(weight[0], [0.07346965, 0.09542595, 0.02363255, -0.05705244])
+    assert_exact(state["second_moment"], [0.03773701, 0.04237877, 0.03705487])
 
 
 def test_normuon_as_the_authors_code():
     settings = {"ns": "classic", "rescale": "preserve", "scale": "spectral", "eps": 1e-10}
     weight, state = three_steps(NorMuon, 4, 3, nesterov=True, **settings)
-    exact(
+    assert_exact(
         weight,
         [
             [0.04597523, 0.09211442, 0.05356010],
@@ -73,16 +73,16 @@ def test_normuon_as_the_authors_code():
             [-0.00710277, -0.12975536, -0.01946087],
         ],
     )
-    exact(state["second_moment"], [0.01767622, 0.05160178, 0.02873122, 0.05620225])
+    assert_exact(state["second_moment"], [0.01767622, 0.05160178, 0.02873122, 0.05620225])
     weight, _ = three_steps(NorMuon, 3, 4, nesterov=True, **settings)
-    exact(weight[0], [0.05990923, 0.10521241, 0.03975660, -0.02805290])
+    assert_exact(weight[0], [0.05990923, 0.10521241, 0.03975660, -0.02805290])
     weight, _ = three_steps(NorMuon, 4, 3, **settings)
-    exact(weight[0], [0.04111986, 0.08771872, 0.05152618])
+    assert_exact(weight[0], [0.04111986, 0.08771872, 0.05152618])
 
 
 def test_rmnp():
     weight, _ = three_steps(RMNP, 4, 3, weight_decay=0.1)
-    exact(
+    assert_exact(
         weight,
         [
             [0.03786205, 0.09237567, 0.06285338],
@@ -92,11 +92,11 @@ def test_rmnp():
         ],
     )
     weight, _ = three_steps(RMNP, 3, 4, weight_decay=0.1)
-    exact(weight[0], [0.05626822, 0.09150444, 0.04311451, -0.03185232])
+    assert_exact(weight[0], [0.05626822, 0.09150444, 0.04311451, -0.03185232])
     weight, _ = three_steps(RMNP, 3, 4, weight_decay=0.1, nesterov=False)
-    exact(weight[0], [0.05455518, 0.08962209, 0.04194814, -0.03175414])
+    assert_exact(weight[0], [0.05455518, 0.08962209, 0.04194814, -0.03175414])
     weight, _ = three_steps(RMNP, 4, 3, weight_decay=0.1, nesterov=False)
-    exact(weight[0], [0.03488250, 0.08923646, 0.06103093])
+    assert_exact(weight[0], [0.03488250, 0.08923646, 0.06103093])
 
 
 @pytest.mark.parametrize(
@@ -109,4 +109,4 @@ def test_rmnp():
 )
 def test_row_dominance(shape, transpose, mean, low, high):
     values = row_dominance(gradient(*shape, 0), transpose)
-    exact(torch.stack(values), [mean, low, high])
+    assert_exact(torch.stack(values), [mean, low, high])

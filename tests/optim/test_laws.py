@@ -8,7 +8,7 @@ from law_table import (
     MATRICES,
     ONE_EACH,
     ROWS,
-    close,
+    assert_all_close,
     every_row,
     everything,
     flat,
@@ -124,7 +124,7 @@ def test_parameters_without_gradient_are_left_with_their_state(row):
             assert same(old, new)
         else:
             assert not torch.equal(old[0], new[0])
-            close([p], [twins[id(p)]])
+            assert_all_close([p], [twins[id(p)]])
 
 
 @every_row
@@ -177,7 +177,7 @@ def test_decay_is_decoupled(row):
         train(free, 1, start=step)
         updates = [new - old for new, old in zip(values(free), before, strict=True)]
         expected = [(1 - lr * decay) * w + u for w, u in zip(expected, updates, strict=True)]
-    close(values(decayed), expected)
+    assert_all_close(values(decayed), expected)
     assert (values(decayed)[0] - values(free)[0]).abs().max() > 1e-3
 
 
@@ -188,7 +188,7 @@ def test_scaling_all_gradients_changes_nothing(row, exponent):
     optimizer, scaled = row(parameters()), row(parameters())
     train(optimizer, 3)
     train(scaled, 3, scale=10**exponent)
-    close(values(scaled), values(optimizer), 1e-6)
+    assert_all_close(values(scaled), values(optimizer), 1e-6)
 
 
 @pytest.mark.parametrize("row", [r for r in ROWS if r.scale_free], ids=lambda row: row.name)
@@ -198,7 +198,7 @@ def test_scaling_by_powers_of_two_changes_no_digit_in_float32(row, exponent):
     scaled = row(parameters(dtype=torch.float32))
     train(optimizer, 3)
     train(scaled, 3, scale=2.0**exponent)
-    close(values(scaled), values(optimizer), 1e-6)
+    assert_all_close(values(scaled), values(optimizer), 1e-6)
 
 
 @every_row
@@ -212,7 +212,7 @@ def test_permuting_rows_permutes(row):
         permuted.grad = weight.grad[order].clone()
         for optimizer in optimizers:
             optimizer.step()
-    close([permuted], [weight[order]])
+    assert_all_close([permuted], [weight[order]])
 
 
 @every_row
@@ -225,9 +225,9 @@ def test_shared_batches_equal_an_optimizer_for_each_parameter(row):
         for step in range(3):
             p.grad = noise(p.shape, 1000 + 100 * step + i)
             alone.step()
-        close([p], [flat(together)[i]])
+        assert_all_close([p], [flat(together)[i]])
         for key, value in alone.state[p].items():
-            close([together.state[flat(together)[i]][key]], [value])
+            assert_all_close([together.state[flat(together)[i]][key]], [value])
 
 
 @rows_with("dtype", (torch.float64, torch.float32, torch.bfloat16))
@@ -274,7 +274,7 @@ def test_accumulated_gradients_count_as_their_sum(row):
         accumulated.step()
         once.zero_grad()
         accumulated.zero_grad()
-    close(weights[1], weights[0])
+    assert_all_close(weights[1], weights[0])
 
 
 @every_row

@@ -13,7 +13,7 @@ from law_table import (
     MATRICES,
     ONE_EACH,
     ROWS,
-    close,
+    assert_all_close,
     every_row,
     everything,
     flat,
@@ -75,7 +75,7 @@ def test_schedulers_drive_both_rules(row, name):
         train(twin, 1, start=step)
         advance(scheduler)
     # A rate held as a float32 tensor is rounded.
-    close(values(optimizer), values(twin), 1e-6 if tensor else 1e-14)
+    assert_all_close(values(optimizer), values(twin), 1e-6 if tensor else 1e-14)
     for i in (0, 1):
         assert len({rate[i] for rate in rates}) > 2
 
@@ -105,7 +105,7 @@ def test_scaled_losses(row):
         twin.zero_grad()
         loss(flat(twin), step).backward()
         twin.step()
-    close(values(optimizer), values(twin), 1e-6)
+    assert_all_close(values(optimizer), values(twin), 1e-6)
 
 
 @every_row
@@ -278,7 +278,7 @@ def test_results_do_not_depend_on_what_ran_before():
             for buffer in used._space._buffers.values():
                 buffer.fill_(float("nan"))
             used.step()
-        close(values(used)[: len(MATRICES)], values(fresh))
+        assert_all_close(values(used)[: len(MATRICES)], values(fresh))
 
 
 @one_each

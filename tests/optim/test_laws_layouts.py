@@ -3,7 +3,7 @@
 import pytest
 import torch
 from law_table import (
-    close,
+    assert_all_close,
     every_row,
     flat,
     noise,
@@ -40,7 +40,7 @@ def test_transposed_storage(row):
     for gradient in gradients:
         weight.grad = gradient.clone()
         optimizer.step()
-    close([weight.mT], expected)
+    assert_all_close([weight.mT], expected)
 
 
 @every_row
@@ -52,7 +52,7 @@ def test_experts_are_matrices_of_their_own(row):
     for gradient in gradients:
         weight.grad = gradient.clone()
         optimizer.step()
-    close(list(weight), expected)
+    assert_all_close(list(weight), expected)
 
 
 @rows_with("blocks view", (3, (4, 4, 4), (8, 2, 2), (1, 11)), ("flatten", "transpose"))
@@ -71,7 +71,7 @@ def test_blocks_are_matrices_of_their_own(row, blocks, view):
     for gradient in gradients:
         weight.grad = gradient.clone()
         optimizer.step()
-    close(list(cut(weight)), expected)
+    assert_all_close(list(cut(weight)), expected)
 
 
 def layouts(weight):
@@ -98,7 +98,7 @@ def test_kernels_in_any_memory_layout(row, layout, shape):
     for gradient in gradients:
         kernel.grad = torch.empty_like(kernel).copy_(gradient)
         optimizer.step()
-    close([kernel.flatten(1)], expected)
+    assert_all_close([kernel.flatten(1)], expected)
     assert kernel.stride() == stored.stride()
 
 
@@ -112,7 +112,7 @@ def test_gradients_in_another_layout_than_the_kernel(row):
         last.grad = noise(weight.shape, step)
         for optimizer in optimizers:
             optimizer.step()
-    close([plain.contiguous()], [last.contiguous()])
+    assert_all_close([plain.contiguous()], [last.contiguous()])
 
 
 @every_row
@@ -132,7 +132,7 @@ def test_state_moves_between_layouts(row, order):
     resumed.load_state_dict({**through.state_dict(), "state": {0: state}})
     train(through, 2, start=2)
     train(resumed, 2, start=2)
-    close([moved.contiguous()], [kernel.contiguous()])
+    assert_all_close([moved.contiguous()], [kernel.contiguous()])
 
 
 @every_row
@@ -146,7 +146,7 @@ def test_views_without_contiguity(row):
         train(optimizer, GRADIENT_STEPS)
     assert strided.stride() == (12, 2)
     assert transposed.stride() == (1, 4)
-    close([strided.contiguous(), transposed.contiguous()], [plain, plain])
+    assert_all_close([strided.contiguous(), transposed.contiguous()], [plain, plain])
 
 
 @every_row
@@ -160,7 +160,7 @@ def test_size_is_that_of_the_flattened_kernel(row):
         flattened.grad = kernel.grad.flatten(1)
         for optimizer in optimizers:
             optimizer.step()
-    close([kernel.flatten(1)], [flattened])
+    assert_all_close([kernel.flatten(1)], [flattened])
 
 
 @every_row
@@ -191,4 +191,6 @@ def test_kinds_of_groups_do_not_disturb_one_another(row):
                 p.grad = g
             optimizer.step()
         index += count
-        close(values(optimizer), [p.detach() for p in together.param_groups[i]["params"]])
+        assert_all_close(
+            values(optimizer), [p.detach() for p in together.param_groups[i]["params"]]
+        )

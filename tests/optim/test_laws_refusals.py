@@ -10,7 +10,7 @@ from jaxtyping import TypeCheckError
 from law_table import (
     CLASSES,
     ROWS,
-    close,
+    assert_all_close,
     every_row,
     everything,
     flat,
@@ -275,7 +275,7 @@ def test_nonfinite_skip_skips_that_parameter(row, value):
     with pytest.warns(RuntimeWarning, match="parameter 3 of group 0: skipped"):
         optimizer.step()
     twin.step()
-    close(values(optimizer), values(twin))
+    assert_all_close(values(optimizer), values(twin))
     assert same(state, optimizer.state[bad])
     train(optimizer, 1, start=2)
     assert all(torch.isfinite(p).all() for p in flat(optimizer))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from law_table import (
     ONE_EACH,
-    close,
+    assert_all_close,
     every_row,
     everything,
     flat,
@@ -261,4 +261,4 @@ def test_untouched_state_stays_equal_without_a_step(row):
     optimizer.state_dict()
     repr(optimizer)
     assert same(before, everything(optimizer))
-    close(values(optimizer), [e[0] for e in before if isinstance(e, tuple)])
+    assert_all_close(values(optimizer), [e[0] for e in before if isinstance(e, tuple)])

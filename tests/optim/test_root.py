@@ -18,7 +18,7 @@ from stiefel.optim.quantile import _by_kthvalue, abs_quantile, clip_threshold
 from stiefel.optim.root import OFFICIAL, ROOT, TRIPLE, soft_clip
 
 
-def exact(actual, expected, tolerance):
+def assert_exact(actual, expected, tolerance):
     expected = torch.tensor(expected, dtype=torch.float64)
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0)
 
@@ -37,7 +37,7 @@ def last_threshold(weight, state, nesterov=True):
 
 def test_classic_coefficients():
     weight, state = three_steps(ROOT, 4, 3, coefficients="classic")
-    exact(
+    assert_exact(
         weight,
         [
             [0.07430948, 0.09072704, 0.02346181],
@@ -49,20 +49,20 @@ def test_classic_coefficients():
     )
     assert math.isclose(last_threshold(weight, state), 3.5798581630, abs_tol=1e-10)
     weight, _ = three_steps(ROOT, 3, 4, coefficients="classic")
-    exact(weight[0], [0.07430948, 0.09613964, 0.02412134, -0.05648690], 2e-8)
+    assert_exact(weight[0], [0.07430948, 0.09613964, 0.02412134, -0.05648690], 2e-8)
 
 
 def test_other_coefficients():
     weight, _ = three_steps(ROOT, 4, 3, coefficients=(2.9794, -3.6674, 1.6207))
-    exact(weight[0], [0.07428405, 0.09067772, 0.02372061], 2e-8)
+    assert_exact(weight[0], [0.07428405, 0.09067772, 0.02372061], 2e-8)
     for given_as in ("triple", TRIPLE, {(3, 4): TRIPLE}, {(3, 4): [TRIPLE] * 5}):
         weight, _ = three_steps(ROOT, 4, 3, coefficients=given_as)
-        exact(weight[0], [0.07482969, 0.09064917, 0.02308114], 2e-8)
+        assert_exact(weight[0], [0.07482969, 0.09064917, 0.02308114], 2e-8)
 
 
 def test_without_nesterov():
     weight, state = three_steps(ROOT, 4, 3, coefficients="classic", nesterov=False)
-    exact(weight[0], [0.07311566, 0.08970931, 0.02304797], 4e-8)
+    assert_exact(weight[0], [0.07311566, 0.08970931, 0.02304797], 4e-8)
     assert math.isclose(last_threshold(weight, state, False), 2.7517808722, abs_tol=1e-10)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_HOMES = ("atlas", "data", "linalg", "optim", "papers")
+_HOMES = ("atlas", "data", "init", "linalg", "optim", "papers", "theory")
 
 __all__ = ["__version__", *_HOMES]
 

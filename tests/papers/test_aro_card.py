@@ -95,7 +95,7 @@ def test_figure_shows_every_seed_s_difference_to_muon(measurement):
 
 
 def test_snippet_runs():
-    check_snippet("aro")
+    assert check_snippet("aro")["optimizer"].state
 
 
 def test_listing_is_cheap():

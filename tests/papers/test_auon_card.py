@@ -94,7 +94,7 @@ def test_figure_draws_the_bound_of_the_control(measurement):
 
 
 def test_snippet_runs():
-    check_snippet("auon")
+    assert check_snippet("auon")["optimizer"].state
 
 
 def test_listing_is_cheap():

@@ -72,7 +72,7 @@ def test_figure(measurement):
 
 
 def test_snippet_runs():
-    check_snippet("normuon")
+    assert check_snippet("normuon")["optimizer"].state
 
 
 def test_listing_is_cheap():

@@ -74,7 +74,7 @@ def test_figure_draws_the_line_of_pure_noise(measurement):
 
 
 def test_snippet_runs():
-    check_snippet("rmnp")
+    assert check_snippet("rmnp")["optimizer"].state
 
 
 def test_listing_is_cheap():

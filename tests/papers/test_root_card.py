@@ -138,7 +138,7 @@ def test_figure_shows_every_part_and_shape(measurement):
 
 
 def test_snippet_runs():
-    check_snippet("root")
+    assert check_snippet("root")["optimizer"].state
 
 
 def test_listing_is_cheap():

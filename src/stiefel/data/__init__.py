@@ -8,8 +8,10 @@
 
 from stiefel.data.images import Picture as Picture
 from stiefel.data.images import photograph as photograph
+from stiefel.data.tables import Table as Table
+from stiefel.data.tables import table as table
 from stiefel.data.text import MissingDataError as MissingDataError
 from stiefel.data.text import Text as Text
 from stiefel.data.text import python_source as python_source
 
-__all__ = ["MissingDataError", "Picture", "Text", "photograph", "python_source"]
+__all__ = ["MissingDataError", "Picture", "Table", "Text", "photograph", "python_source", "table"]

@@ -1,0 +1,1 @@
+"""Layers: state spaces and convolutions whose orthogonality or spectrum is known."""

@@ -6,6 +6,8 @@
 100000
 """
 
+from stiefel.data.clutter import ClutteredDigits as ClutteredDigits
+from stiefel.data.clutter import cluttered_digits as cluttered_digits
 from stiefel.data.images import Picture as Picture
 from stiefel.data.images import photograph as photograph
 from stiefel.data.tables import Table as Table
@@ -14,4 +16,14 @@ from stiefel.data.text import MissingDataError as MissingDataError
 from stiefel.data.text import Text as Text
 from stiefel.data.text import python_source as python_source
 
-__all__ = ["MissingDataError", "Picture", "Table", "Text", "photograph", "python_source", "table"]
+__all__ = [
+    "ClutteredDigits",
+    "MissingDataError",
+    "Picture",
+    "Table",
+    "Text",
+    "cluttered_digits",
+    "photograph",
+    "python_source",
+    "table",
+]

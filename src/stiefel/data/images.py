@@ -1,4 +1,4 @@
-"""A real photograph without a download: one of the two that scikit-learn brings along."""
+"""Real photographs without a download: the two that scikit-learn brings along."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from stiefel.data.text import MissingDataError
 
-_PICTURE = "china.jpg"
+# Who took each; both were published under CC BY 2.0.
+PICTURES = {"china": "danielbuechele", "flower": "vultilion"}
 
 
 @dataclass(frozen=True)
@@ -33,18 +34,23 @@ class Picture:
     licence: str
 
 
-def photograph(*, folder: Path | None = None) -> Picture:
-    """The picture of a Chinese palace among scikit-learn's sample images, 427 × 640 pixels.
+def photograph(name: str = "china", *, folder: Path | None = None) -> Picture:
+    """One of scikit-learn's sample images, a Chinese palace or a flower, 427 × 640 pixels.
 
     The file is read in place; scikit-learn itself is not imported. JPEG compressed it in blocks
     of 8 × 8, which a cosine transform can see.
 
     Args:
-        folder: Where ``china.jpg`` is; None means the installed scikit-learn.
+        name: ``"china"`` or ``"flower"``.
+        folder: Where ``NAME.jpg`` is; None means the installed scikit-learn.
 
     Raises:
+        ValueError: another name.
         MissingDataError: scikit-learn or Pillow is not installed, or the file is not there.
     """
+    if name not in PICTURES:
+        raise ValueError(f"name must be one of {', '.join(PICTURES)}, got {name!r}")
+    file, author = f"{name}.jpg", PICTURES[name]
     origin = "a folder of your own"
     if folder is None:
         spec = find_spec("sklearn")
@@ -55,10 +61,10 @@ def photograph(*, folder: Path | None = None) -> Picture:
             )
         folder = Path(spec.origin).parent / "datasets" / "images"
         origin = f"scikit-learn {version('scikit-learn')}"
-    path = folder / _PICTURE
+    path = folder / file
     if not path.is_file():
         raise MissingDataError(
-            f"there is no {_PICTURE} in {folder}; a complete scikit-learn has it: "
+            f"there is no {file} in {folder}; a complete scikit-learn has it: "
             "pip install --force-reinstall scikit-learn"
         )
     try:
@@ -71,8 +77,8 @@ def photograph(*, folder: Path | None = None) -> Picture:
         pixels = np.array(image.convert("RGB"))
     return Picture(
         pixels=torch.from_numpy(pixels),
-        source=f"{_PICTURE}, a sample image of scikit-learn, photograph by danielbuechele",
+        source=f"{file}, a sample image of scikit-learn, photograph by {author}",
         version=f"{origin}, Pillow {PIL.__version__}",
         sha256=hashlib.sha256(pixels.tobytes()).hexdigest(),
-        licence="CC BY 2.0 (attribution: danielbuechele)",
+        licence=f"CC BY 2.0 (attribution: {author})",
     )

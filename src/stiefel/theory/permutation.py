@@ -20,8 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from scipy.optimize import brentq
-from scipy.special import gammaln, log_ndtr, logsumexp, ndtri_exp
 from torch import Tensor
 
 REGIMES = ("ntk", "last_layer")
@@ -186,6 +184,8 @@ def ensemble_size(k: int, delta: float = 0.1, *, n_ones: int | str = 2, regime: 
         if n_ones != "all":
             raise ValueError(f'n_ones must be an integer in 1..{k} or "all", got {n_ones!r}')
         return _size_for_all(k, delta, regime)
+    from scipy.special import log_ndtr  # here: scipy would triple the time to import this home
+
     mu_on, mu_off, var = (float(v) for v in permutation_moments(k, n_ones, regime=regime))
     if var == 0:  # a training input: every network is right
         return 1
@@ -203,6 +203,8 @@ def ensemble_size(k: int, delta: float = 0.1, *, n_ones: int | str = 2, regime: 
 
 
 def _size_for_all(k: int, delta: float, regime: str) -> int:
+    from scipy.special import gammaln, log_ndtr, logsumexp, ndtri_exp
+
     n = np.arange(2, k + 1)
     mu_on, mu_off, var = (v.numpy() for v in permutation_moments(k, n, regime=regime))
     inputs = gammaln(k + 1) - gammaln(n + 1) - gammaln(k - n + 1)
@@ -227,6 +229,8 @@ def _smallest(excess: Callable[[float], float], low: float, high: float) -> int:
     """Smallest N ≥ 1 with excess(N) ≤ 0, for a falling function with its zero in [low, high]."""
     if excess(1.0) <= 0:
         return 1
+    from scipy.optimize import brentq
+
     low, high = max(low * (1 - 1e-9), 1.0), high * (1 + 1e-9)  # rounding of the two ends
     # In N the logarithm of a Gaussian tail is nearly straight: a handful of evaluations.
     root = brentq(excess, low, high, xtol=0.1) if excess(low) > 0 else low

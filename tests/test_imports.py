@@ -10,6 +10,7 @@ import types
 
 import pytest
 
+METHODS = ("linalg", "optim", "init", "theory", "nn")
 HEAVY = {"torch", "numpy", "scipy", "matplotlib", "jinja2", "sklearn", "transformers", "pandas"}
 
 # What the contract between the parts promises; a home may hold more.
@@ -58,20 +59,22 @@ def test_the_list_of_papers_needs_no_figure_and_no_page():
     assert packages(loaded) & {"matplotlib", "jinja2", "sklearn", "transformers"} == set()
 
 
-def test_methods_load_only_torch_and_shapes():
+@pytest.mark.parametrize("home", METHODS)
+def test_methods_load_only_torch_and_shapes(home):
     base = packages(modules_after("import torch, numpy, jaxtyping"))
-    loaded = modules_after("import stiefel.linalg, stiefel.optim")
+    loaded = modules_after(f"import stiefel.{home}")
     assert packages(loaded) - base - sys.stdlib_module_names == {"stiefel"}
     assert {"matplotlib", "scipy", "sklearn", "jinja2"} & packages(loaded) == set()
 
 
-def test_methods_cost_at_most_150_ms_beyond_torch():
+@pytest.mark.parametrize("home", METHODS)
+def test_methods_cost_at_most_150_ms_beyond_torch(home):
     """CPU time, as other processes share the cores; median of five."""
     code = "\n".join(
         [
             "import time, torch",
             "start = time.process_time()",
-            "import stiefel.linalg, stiefel.optim",
+            f"import stiefel.{home}",
             "print(time.process_time() - start)",
         ]
     )
@@ -95,7 +98,7 @@ def test_promised_names_are_there(home):
     assert [name for name in PROMISED[home].split() if not hasattr(module, name)] == []
 
 
-@pytest.mark.parametrize("home", ["linalg", "optim", "init", "theory", "nn", "papers", "atlas", "data"])
+@pytest.mark.parametrize("home", [*METHODS, "papers", "atlas", "data"])
 def test_public_names_are_explained(home):
     """Its own docstring, not the signature that ``dataclass`` puts where there is none."""
     ours = {

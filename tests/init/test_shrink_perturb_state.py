@@ -128,3 +128,14 @@ def test_files_give_what_state_dicts_give(tmp_path):
     assert json.loads(raw[8 : 8 + size])["__metadata__"] == {"format": "pt"}
     shrink_perturb_file(paths[0], paths[1], paths[0], 0.4, 0.1)  # over itself
     assert paths[0].read_bytes() == raw
+
+
+@pytest.mark.parametrize("content", [b"", b"12345", b"\xff" * 64, b"\x02" + b"\0" * 7 + b"{]"])
+def test_files_of_another_kind_are_refused(tmp_path, content):
+    good, bad, target = (tmp_path / name for name in ("good", "bad", "target"))
+    save_file({"w": torch.ones(2)}, good)
+    bad.write_bytes(content)
+    for pair in ((bad, good), (good, bad)):
+        with pytest.raises(ValueError, match="is no safetensors file"):
+            shrink_perturb_file(*pair, target)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad", "good"]

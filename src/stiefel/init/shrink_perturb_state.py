@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from stiefel.init.shrink_perturb_noise import blend_
@@ -120,21 +119,22 @@ def shrink_perturb_file(
         shrink, perturb, buffers: As in :func:`shrink_perturb`.
 
     Raises:
-        ValueError: factors out of range, or names or shapes that differ (the first is named).
+        ValueError: factors out of range, names or shapes that differ (the first is named), or a
+            file that is no safetensors file.
         OSError: a file cannot be read or written.
     """
+    from safetensors import SafetensorError, safe_open  # here: importing this home stays cheap
+
     check_mixture(shrink, perturb)
     target = Path(target)
-    with open(source, "rb") as file:
-        (size,) = struct.unpack("<Q", file.read(8))
-        header = file.read(size)
-    entries = {k: v for k, v in json.loads(header).items() if k != "__metadata__"}
     part = target.with_name(target.name + ".part")
     patterns = [buffers] if isinstance(buffers, str) else list(buffers)
     try:
+        # safe_open has looked through both headers when the raw one is copied.
         with safe_open(source, "pt") as old, safe_open(fresh, "pt") as new, part.open("wb") as out:
+            prefix, entries = _header(source)
             _check_headers(entries, new)
-            out.write(struct.pack("<Q", size) + header)
+            out.write(prefix)
             for name in sorted(entries, key=lambda name: entries[name]["data_offsets"]):
                 pair = ({name: old.get_tensor(name)}, {name: new.get_tensor(name)})
                 one = shrink_perturb(*pair, shrink, perturb, buffers=patterns)[name]
@@ -142,8 +142,20 @@ def shrink_perturb_file(
             out.flush()
             os.fsync(out.fileno())
         part.replace(target)
+    except SafetensorError as error:
+        raise ValueError(f"{source} or {fresh} is no safetensors file: {error}") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def _header(path: str | Path) -> tuple[bytes, dict[str, Any]]:
+    """The bytes before the numbers of a valid file, and what they say of each tensor."""
+    with open(path, "rb") as file:
+        length = file.read(8)
+        header = file.read(struct.unpack("<Q", length)[0])
+    entries = json.loads(header)
+    entries.pop("__metadata__", None)
+    return length + header, entries
 
 
 def _check_headers(entries: Mapping[str, Any], new: Any) -> None:

@@ -1,1 +1,35 @@
 """Layers: state spaces and convolutions whose orthogonality or spectrum is known."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from stiefel.linalg.hippo import hippo_legs as hippo_legs
+from stiefel.linalg.hippo import legs_normal as legs_normal
+from stiefel.linalg.hippo import transfer_function as transfer_function
+from stiefel.nn.s4d import S4D as S4D
+from stiefel.nn.s4d_init import s4d_init as s4d_init
+from stiefel.nn.s4d_kernel import S4DKernel as S4DKernel
+from stiefel.nn.s4d_kernel import vandermonde_kernel as vandermonde_kernel
+from stiefel.nn.s4d_model import S4DBlock as S4DBlock
+from stiefel.nn.s4d_model import S4DModel as S4DModel
+from stiefel.nn.s4d_model import ssm_param_groups as ssm_param_groups
+
+if TYPE_CHECKING:
+    from stiefel.nn.s4d_classifier import S4DClassifier as S4DClassifier
+
+# Estimators inherit from scikit-learn's classes, and scikit-learn is an extra: imported when asked
+# for, so that the layers do without.
+_ESTIMATORS = {"S4DClassifier": "stiefel.nn.s4d_classifier"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ESTIMATORS:
+        from importlib import import_module
+
+        return getattr(import_module(_ESTIMATORS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ESTIMATORS})

@@ -1,0 +1,212 @@
+"""Layers against what people would otherwise use: time, memory, error, each beside its bound.
+
+    python benchmarks/layers.py --json build/layers.json
+
+Times are CPU times of one thread, candidates in turn, median over rounds: on a shared machine only
+the ratios mean something. Peers that are not installed are left out and named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table as RichTable
+from run import in_turn, peak_bytes
+from torch import Tensor, nn
+
+from stiefel.nn import S4D, S4DBlock, s4d_init, vandermonde_kernel
+
+
+def row(what: str, ours: float, peer: float, ratio: float, bound: str, unit: str = "ms") -> dict:
+    """One line of the result; ``bound`` is ``"≥ 10"`` or ``"≤ 0.25"``, of the ratio."""
+    relation, limit = bound.split()
+    met = ratio >= float(limit) if relation == "≥" else ratio <= float(limit)
+    return {
+        "what": what, "ours": ours, "peer": peer, "unit": unit,
+        "ratio": ratio, "bound": bound, "met": "yes" if met else "NO",
+    }  # fmt: skip
+
+
+def speed(what: str, seconds: dict[str, float], bound: str) -> dict:
+    """Peer's time over ours, from ``{"ours": …, "peer": …}``."""
+    ours, peer = seconds["ours"], seconds["peer"]
+    return row(what, 1e3 * ours, 1e3 * peer, peer / ours, bound)
+
+
+def squares(y: Tensor) -> None:
+    """A backward pass from the sum of squares."""
+    y.square().sum().backward()
+
+
+def kernel_parts(channels: int, state: int) -> list[Tensor]:
+    """A, B, C, dt in float32, Lin start, random step sizes."""
+    g = torch.Generator().manual_seed(0)
+    a = s4d_init("lin", state)[0].to(torch.complex64).repeat(channels, 1)
+    b, c = (torch.randn(a.shape, dtype=a.dtype, generator=g) for _ in range(2))
+    dt = 1e-3 * 100 ** torch.rand(channels, 1, generator=g)
+    return [x.requires_grad_() for x in (a, b, c, dt)]
+
+
+def plain(parts: list[Tensor], length: int) -> Tensor:
+    """The two lines of the paper, ZOH."""
+    a, b, c, dt = parts
+    table = torch.exp((dt * a)[..., None] * torch.arange(length))
+    return 2 * torch.einsum("hn,hnl->hl", c * b * (torch.exp(dt * a) - 1) / a, table).real
+
+
+def blocks(parts: list[Tensor], length: int) -> Tensor:
+    """Ours."""
+    a, b, c, dt = parts
+    return vandermonde_kernel(a, b, c[None], dt, length)[0]
+
+
+def s4d_kernel(rounds: int) -> list[dict]:
+    """256 channels, N = 64, L = 4,096; memory at L = 16,384 with 64 channels."""
+    parts = kernel_parts(256, 64)
+
+    def forward(make: Callable) -> None:
+        with torch.no_grad():
+            make(parts, 4096)
+
+    found = []
+    for name, run in (
+        ("forward", forward),
+        ("forward and backward", lambda make: squares(make(parts, 4096))),
+    ):
+        tasks = {"ours": lambda run=run: run(blocks), "peer": lambda run=run: run(plain)}
+        found.append(
+            speed(f"S4D kernel, {name} / two-line Vandermonde", in_turn(tasks, rounds), "≥ 10")
+        )
+    small = [x.detach()[:32] for x in parts]
+    exact = plain(
+        [x.to(torch.complex128 if x.is_complex() else torch.float64) for x in small], 4096
+    )
+    errors = {
+        n: float((f(small, 4096) - exact).abs().max()) for n, f in (("o", blocks), ("p", plain))
+    }
+    found.append(
+        row(
+            "its error in float32",
+            errors["o"],
+            errors["p"],
+            errors["o"] / errors["p"],
+            "≤ 1",
+            "abs",
+        )
+    )
+    parts = kernel_parts(64, 64)
+    ours, peer = (peak_bytes(lambda f=f: squares(f(parts, 16_384))) / 1e6 for f in (blocks, plain))
+    found.append(
+        row("its peak memory, L = 16,384, 64 channels", ours, peer, ours / peer, "≤ 0.25", "MB")
+    )
+    return found
+
+
+def s4d_block(rounds: int) -> list[dict]:
+    """The whole block against a GRU of the same width, forward and backward, batch 32."""
+    torch.manual_seed(0)
+    gru, block = nn.GRU(32, 32, batch_first=True), S4DBlock(32, 64)
+    found = []
+    for length, bound in ((64, "≥ 1.3"), (256, "≥ 1.3"), (1024, "≥ 1.5")):
+        u = torch.randn(32, length, 32)
+        tasks = {
+            "ours": lambda u=u: squares(block(u, return_state=False)[0]),
+            "peer": lambda u=u: squares(gru(u)[0]),
+        }
+        found.append(
+            speed(f"S4D block, L = {length} / torch.nn.GRU", in_turn(tasks, rounds), bound)
+        )
+    return found
+
+
+def s4d_step(rounds: int) -> list[dict]:
+    """One step after 100,000 samples against one after none; batch 8, 64 channels."""
+    layer, u = S4D(64, 64).eval(), torch.randn(8, 64)
+    layer.setup_step()
+    with torch.no_grad():
+        _, late = layer(torch.randn(8, 100_000, 64))
+    early = layer.initial_state(8)
+
+    def steps(state: Tensor) -> None:
+        with torch.no_grad():
+            for _ in range(50):
+                layer.step(u, state)
+
+    seconds = in_turn({"ours": lambda: steps(late), "peer": lambda: steps(early)}, rounds)
+    ours, peer = (1e3 * seconds[n] / 50 for n in ("ours", "peer"))
+    return [row("S4D step after 100,000 samples / after none", ours, peer, ours / peer, "≤ 1.2")]
+
+
+def s4d_mambapy(rounds: int) -> list[dict]:
+    """S4D against mambapy's block: same width and state, inner width not expanded; batch 4."""
+    if not importlib.util.find_spec("mambapy"):
+        return []
+    from mambapy.mamba import MambaBlock, MambaConfig
+
+    torch.manual_seed(0)
+    width, state = 32, 16
+    mamba = MambaBlock(MambaConfig(d_model=width, n_layers=1, d_state=state, expand_factor=1))
+    layer, found = S4D(width, state), []
+    for length in (1024, 4096):
+        u = torch.randn(4, length, width)
+        tasks = {
+            "ours": lambda u=u: squares(layer(u, return_state=False)[0]),
+            "peer": lambda u=u: squares(mamba(u)),
+        }
+        found.append(speed(f"S4D layer, L = {length} / mambapy", in_turn(tasks, rounds), "≥ 1"))
+    return found
+
+
+SECTIONS: dict[str, Callable[[int], list[dict]]] = {
+    "s4d_kernel": s4d_kernel,
+    "s4d_block": s4d_block,
+    "s4d_step": s4d_step,
+    "s4d_mambapy": s4d_mambapy,
+}
+PEERS = {"mambapy": "pip install --no-deps mambapy"}
+
+
+def main() -> None:
+    """Run all, print one table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5, help="rounds per timing, at least 5")
+    parser.add_argument("--json", type=Path, default=Path("build/layers.json"))
+    parser.add_argument("--only", choices=tuple(SECTIONS), default=None)
+    options = parser.parse_args()
+    if options.rounds < 5:
+        parser.error("--rounds must be at least 5")
+    torch.set_num_threads(1)
+    console = Console()
+    for peer, how in PEERS.items():
+        if not importlib.util.find_spec(peer):
+            console.print(f"{peer} is left out; for it: {how}")
+    chosen = [options.only] if options.only else list(SECTIONS)
+    rows = [line for name in chosen for line in SECTIONS[name](options.rounds)]
+    shown = RichTable(title="Layers", title_justify="left")
+    for key in rows[0] if rows else ():
+        shown.add_column(key, justify="left" if isinstance(rows[0][key], str) else "right")
+    for line in rows:
+        shown.add_row(*(v if isinstance(v, str) else f"{v:.4g}" for v in line.values()))
+    console.print(shown)
+    result = {
+        "machine": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+        "rounds": options.rounds,
+        "rows": rows,
+    }
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    console.print(f"written to {options.json}")
+
+
+if __name__ == "__main__":
+    main()

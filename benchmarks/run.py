@@ -42,8 +42,10 @@ from stiefel.optim import (
     Trion,
     rmnp_direction,
 )
+from stiefel.optim.columns import ColumnSelector
 
-SHAPES = ((384, 384),) * 24 + ((1536, 384),) * 6 + ((384, 1536),) * 6
+WIDTH = 384
+SHAPES = ((WIDTH, WIDTH),) * 24 + ((4 * WIDTH, WIDTH),) * 6 + ((WIDTH, 4 * WIDTH),) * 6
 LARGEST_STACK = 6 * 1536 * 384 * 4  # bytes, float32
 
 
@@ -74,9 +76,12 @@ def candidates() -> dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimiz
         "stiefel ROOT": lambda p: ROOT(p),
         "stiefel ROOT sampled": lambda p: ROOT(p, quantile_mode="sampled"),
         "stiefel ARO": lambda p: ARO(p),
+        "stiefel ARO base=sign": lambda p: ARO(p, base="sign"),
+        "stiefel ARO qr=scqr": lambda p: ARO(p, qr="scqr"),
         "stiefel HybridAuON": lambda p: HybridAuON(p),
         "stiefel Trion rank=1/4": lambda p: Trion(p),
         "stiefel DCTAdamW rank=1/4": lambda p: DCTAdamW(p),
+        "stiefel DCTAdamW every 200 steps": lambda p: DCTAdamW(p, update_gap=200),
         "stiefel DCTAdamW 8-bit feedback": lambda p: DCTAdamW(p, error_feedback=8),
         "stiefel AuON": lambda p: AuON(p),
         "stiefel RMNP": lambda p: RMNP(p),
@@ -89,7 +94,15 @@ def candidates() -> dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimiz
             return lambda p: cls([{"params": p, "use_muon": True}])
 
         found["pytorch_optimizer Muon"] = grouped(peer.Muon)
+
+        def galore(gap: int) -> Callable:
+            settings = {"rank": WIDTH // 4, "update_proj_gap": gap, "scale": 1.0}
+            return lambda p: peer.GaLore([{"params": p, "projection_type": "std", **settings}])
+
         found["pytorch_optimizer NorMuon"] = grouped(peer.NorMuon)
+        found["pytorch_optimizer GaLore rank=1/4, SVD every step"] = galore(1)
+        # The median is that of a step without SVD.
+        found["pytorch_optimizer GaLore rank=1/4, every 200"] = galore(200)
     return found
 
 
@@ -119,15 +132,17 @@ def peak_bytes(task: Callable[[], object]) -> int:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of all tensors in the optimizer's state."""
-    tensors = (v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor))
-    return sum(t.numel() * t.element_size() for t in tensors)
+    """Bytes of all tensors in the optimizer's state, in objects that it keeps there as well."""
+    values = [v for s in optimizer.state.values() for v in s.values()]
+    values += [v for held in values if hasattr(held, "__dict__") for v in vars(held).values()]
+    return sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor))
 
 
 def steps(rounds: int) -> list[dict]:
     """Step time, state and scratch memory of every optimizer."""
     optimizers = {name: make(parameters()) for name, make in candidates().items()}
     seconds = in_turn({name: o.step for name, o in optimizers.items()}, rounds)
+    adamw_state = state_bytes(optimizers["torch.optim.AdamW(foreach=True)"])
     rows = []
     for name, optimizer in optimizers.items():
         # A fresh one: scratch that is kept between steps counts as well.
@@ -140,6 +155,7 @@ def steps(rounds: int) -> list[dict]:
                 "to_muon": seconds[name] / seconds["torch.optim.Muon"],
                 "to_adamw": seconds[name] / seconds["torch.optim.AdamW(foreach=True)"],
                 "state_mb": state_bytes(optimizer) / 1e6,
+                "state_to_adamw": state_bytes(optimizer) / adamw_state,
                 "scratch_in_stacks": max(scratch, 0) / LARGEST_STACK,
             }
         )
@@ -213,6 +229,41 @@ def engine(rounds: int) -> dict[str, float]:
     return {name: 1e3 * value for name, value in in_turn(tasks, rounds).items()}
 
 
+def projection(rounds: int) -> list[dict]:
+    """Finding a subspace and the coordinates in it: DCT columns, an SVD, one power iteration."""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for n, share in ((512, 4), (512, 2), (1024, 4), (1024, 2)):
+        gradient = torch.randn(n, n, generator=generator)
+        rank = n // share
+        before = torch.linalg.qr(torch.randn(n, rank, generator=generator))[0]
+        selector = ColumnSelector(n, rank)
+
+        def svd(g: Tensor = gradient, r: int = rank) -> Tensor:
+            return g @ torch.linalg.svd(g, full_matrices=False).Vh[:r].mT
+
+        def power(g: Tensor = gradient, q: Tensor = before) -> Tensor:
+            # Dion's: two products and one QR, the least that a step can take.
+            return g.mT @ torch.linalg.qr(g @ q)[0]
+
+        tasks: dict[str, Callable[[], object]] = {
+            "dct": lambda g=gradient, s=selector: s.select(g),
+            "power": power,
+        }
+        seconds = in_turn(tasks, rounds) | in_turn({"svd": svd}, 5)
+        rows.append(
+            {
+                "gradient": f"{n}×{n}, rank {rank}",
+                "dct_ms": 1e3 * seconds["dct"],
+                "svd_ms": 1e3 * seconds["svd"],
+                "power_ms": 1e3 * seconds["power"],
+                "svd_to_dct, ≥ 10": seconds["svd"] / seconds["dct"],
+                "power_to_dct, ≥ 2": seconds["power"] / seconds["dct"],
+            }
+        )
+    return rows
+
+
 def show(console: Console, title: str, rows: list[dict]) -> None:
     """Print rows as a table."""
     shown = RichTable(title=title, title_justify="left")
@@ -229,7 +280,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=9, help="rounds per timing, at least 5")
     parser.add_argument("--json", type=Path, default=Path("build/bench.json"))
-    parser.add_argument("--only", choices=("steps", "errors", "engine"), default=None)
+    parser.add_argument("--only", choices=("steps", "errors", "engine", "projection"), default=None)
     options = parser.parse_args()
     if options.rounds < 5:
         parser.error("--rounds must be at least 5")
@@ -253,6 +304,9 @@ def main() -> None:
     if options.only in (None, "engine"):
         result["engine_ms"] = engine(options.rounds)
         show(console, "Orthogonalising alone, ms", [result["engine_ms"]])
+    if options.only in (None, "projection"):
+        result["projection"] = projection(options.rounds)
+        show(console, "A subspace and the coordinates in it", result["projection"])
     if options.only in (None, "errors"):
         result["errors"] = errors()
         show(console, "Mean (σ − 1)² after orthogonalising", result["errors"])

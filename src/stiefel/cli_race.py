@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from stiefel.optim.race_result import RaceResult
-    from stiefel.papers import Measurement, Paper
+    from stiefel.papers import Measurement
     from stiefel.papers.progress import Progress
 
 # Written out, so that --help need not load torch; a test holds it against the table.
@@ -207,7 +207,7 @@ def _run(arguments: Mapping[str, Any], code: str, progress: Progress) -> RaceRes
 
 @dataclass(frozen=True)
 class _Job:
-    """As much of a paper as the pool needs."""
+    """A race as the pool runs it: an experiment without claims."""
 
     experiment: Callable[..., Any]
     slug: str = "race"
@@ -229,7 +229,7 @@ def _share(experiment: Callable[..., Any], jobs: int, store: Path, display: _Dis
 
     with Pool(Scale.LAPTOP, store) as pool:
         for number in range(jobs):
-            pool.start(Task(cast("Paper", _Job(experiment)), number))
+            pool.start(Task(_Job(experiment), number))
         while pool:
             for task, kind, content in pool.events(timeout=0.5):
                 if kind == "progress":

@@ -284,6 +284,25 @@ def test_precision_is_chosen_where_it_is_harmless():
     for settings, m, dtype, expected in cases:
         group = {**optimizer.param_groups[0], **settings}
         assert optimizer._precision(group, m, torch.zeros(1, dtype=dtype)) == expected
+    signs = {**optimizer.param_groups[0], "base": "sign"}
+    for m, expected in ((64, native), (32, torch.float32)):
+        assert optimizer._precision(signs, m, torch.zeros(1), ahead=True) == expected
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_signs_of_low_rank_momentum_stay_in_its_column_space(rank):
+    """Also where RᵀM of the old R is in bfloat16, whose noise has full rank."""
+    generator = torch.Generator().manual_seed(1)
+    low = torch.randn(rank, 160, generator=generator, dtype=torch.float64)
+    gradient = torch.randn(96, rank, generator=generator, dtype=torch.float64) @ low
+    weight = zeros(96, 160, dtype=torch.float32)
+    optimizer = ARO([weight], lr=1.0, base="sign")
+    for _ in range(3):
+        weight.data.zero_()
+        train(optimizer, [[gradient.float()]])
+    u = torch.linalg.svd(gradient)[0][:, :rank]
+    step = weight.detach().double()
+    assert float((step - u @ (u.mT @ step)).norm() / step.norm()) < 0.01
 
 
 @pytest.mark.parametrize("base", ["sinkhorn", "row", "sign", "adam"])

@@ -225,22 +225,34 @@ def test_one_matrix_per_size_is_shared():
     assert not any(isinstance(v, torch.Tensor) for s in pair for v in vars(s).values())
 
 
-def test_auto_takes_what_was_measured(monkeypatch):
-    selector = ColumnSelector(16, 4)
-    cpu = torch.device("cpu")
-    monkeypatch.setattr(columns, "_row_seconds", lambda *_: (1.0, 2.0))
-    assert selector.uses_fft(16, torch.float32, cpu)
-    assert not selector.uses_fft(4, torch.float32, cpu)
-    monkeypatch.setattr(columns, "_row_seconds", lambda *_: (1.0, 0.5))
-    assert not selector.uses_fft(16, torch.float32, cpu)
-    assert ColumnSelector(16_384, 4).uses_fft(4, torch.float32, cpu)
+@pytest.mark.parametrize(
+    ("n", "count", "fft"),
+    [
+        (384, 384, True),
+        (384, 64, True),
+        (384, 63, False),
+        (32, 32, False),
+        (8192, 63, False),
+        (8193, 1, True),  # no n × n matrix that large
+        (1021, 319, False),  # a prime: five times as many
+        (1021, 320, True),
+        (2 * 1021, 319, False),
+        (1001, 64, True),  # 7 · 11 · 13
+        (17 * 64, 64, False),
+    ],
+)
+def test_auto_goes_by_sizes(n, count, fft):
+    assert ColumnSelector(n, 1).uses_fft(count, torch.device("cpu")) is fft
 
 
-def test_measured_times_are_positive_and_kept():
-    columns._row_seconds.cache_clear()
-    times = columns._row_seconds(32, torch.float32, "cpu")
-    assert min(times) > 0
-    assert columns._row_seconds(32, torch.float32, "cpu") is times
+def test_auto_elsewhere():
+    cuda, mps = torch.device("cuda"), torch.device("mps")
+    assert ColumnSelector(1024, 1).uses_fft(1024, cuda)
+    assert not ColumnSelector(1024, 1).uses_fft(256, cuda)
+    assert not ColumnSelector(1024, 1).uses_fft(1024, mps)
+    assert ColumnSelector(1024, 1, method="fft").uses_fft(1, mps)
+    matrix = ColumnSelector(8, 1, torch.eye(8))
+    assert not matrix.uses_fft(8, torch.device("cpu"))
 
 
 def test_nan_and_inf_propagate():

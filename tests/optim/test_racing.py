@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from stiefel.comparison import Grid, crossing, first_grid, mean_and_half
 from stiefel.optim import race_report, race_task, racing
 from stiefel.optim.race_contestants import (
     BETAS,
@@ -21,7 +22,6 @@ from stiefel.optim.race_contestants import (
     state_bytes,
     typical_inputs,
 )
-from stiefel.optim.race_grid import Grid, crossing, first_grid, mean_and_half
 from stiefel.optim.race_result import RaceResult, Standing
 from stiefel.optim.race_run import train
 from stiefel.optim.race_task import FactoryError, build, factory, text_settings

@@ -12,9 +12,11 @@ from test_exact import gradient, three_steps
 from torch import nn
 
 from stiefel.linalg.coefficients import CLASSIC, Table, check_guards, scalar_image, table
+from stiefel.linalg.schulz import Workspace
 from stiefel.optim import Muon
+from stiefel.optim import quantile as selection
 from stiefel.optim.fit import fit_coefficients, marchenko_pastur, spectrum_ratio
-from stiefel.optim.quantile import _by_kthvalue, abs_quantile, clip_threshold
+from stiefel.optim.quantile import _by_kthvalue, abs_quantile, clip_, clip_threshold
 from stiefel.optim.root import OFFICIAL, ROOT, TRIPLE, soft_clip
 
 
@@ -119,10 +121,16 @@ def test_soft_clip_keeps_nan_visible():
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+@pytest.fixture(params=[True, False], ids=["partition", "bracket"])
+def way(request, monkeypatch):
+    """Both ways of selecting, whichever is faster on this machine."""
+    monkeypatch.setattr(selection, "_partitions_fast", lambda _: request.param)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(3, 5), (130, 200), (200, 401), (1, 1)])
 @pytest.mark.parametrize("q", [0.001, 0.5, 0.9, 0.999, 1.0])
-def test_quantile_is_exact(dtype, shape, q, generator):
+def test_quantile_is_exact(way, dtype, shape, q, generator):
     x = (torch.randn(2, *shape, generator=generator) ** 3).to(dtype)
     values = abs_quantile(x, q)
     assert values.shape == (2, 1, 1)
@@ -143,17 +151,62 @@ def test_quantile_is_exact(dtype, shape, q, generator):
 def test_quantile_of_anything(q, entries, repeats):
     """Ties, zeros, and structure that a sample at equal distances may miss."""
     x = torch.tensor(entries * repeats)[None]
-    assert math.isclose(abs_quantile(x, q), reference(x, q), rel_tol=1e-6, abs_tol=1e-30)
+    expected = reference(x, q)
+    with pytest.MonkeyPatch.context() as patch:
+        for fast in (True, False):
+            patch.setattr(selection, "_partitions_fast", lambda _, fast=fast: fast)
+            assert math.isclose(abs_quantile(x, q), expected, rel_tol=1e-6, abs_tol=1e-30)
 
 
 @pytest.mark.parametrize("hidden", [0.0, 1e3])
-def test_quantile_where_the_sample_sees_nothing(hidden):
+def test_quantile_where_the_sample_sees_nothing(way, hidden):
     """Every entry of the sample is 1, all others are not: the bracket misses, and it shows."""
     x = torch.full((1, 200_000), hidden)
     for stride in range(16, 40):
         x[:, ::stride] = 1.0
     assert float(abs_quantile(x, 0.05)) == reference(x, 0.05)
     assert float(abs_quantile(x, 0.97)) == reference(x, 0.97)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.895, 0.95])
+@pytest.mark.parametrize("least", [0.0, 0.5])
+def test_quantile_of_many_equal_entries(way, share, least, generator):
+    """Where a vectorised partition gets nowhere."""
+    x = 1 + torch.rand(3, 200, 300, generator=generator)
+    x[torch.rand(x.shape, generator=generator) < share] = least
+    for matrix, value in zip(x, abs_quantile(-x, 0.9), strict=True):
+        assert math.isclose(value, reference(matrix, 0.9), rel_tol=1e-7)
+
+
+def test_scratch_memory_changes_nothing(way, generator):
+    space = Workspace()
+    for shape in ((2, 300, 500), (1, 3, 4), (3, 200, 200)):
+        x = torch.randn(shape, generator=generator)
+        before = x.clone()
+        assert torch.equal(abs_quantile(x, 0.7, space=space), abs_quantile(x, 0.7))
+        assert torch.equal(x, before)
+    assert space.nbytes == 4 * 300 * 500
+
+
+def test_vectorised_partitions_are_told_from_scalar_ones(monkeypatch):
+    measured = selection._partitions_fast.__wrapped__
+    now = iter(range(1000))
+    monkeypatch.setattr(selection.time, "thread_time", lambda: next(now))
+    assert measured(np.dtype(np.int32))  # equally long
+    times = iter([0, 1] * 5 + [0, 60] * 5)
+    monkeypatch.setattr(selection.time, "thread_time", lambda: next(times))
+    assert not measured(np.dtype(np.int32))
+
+
+def test_clipping_in_place_is_clamping_at_the_threshold(way, generator):
+    x = torch.randn(3, 150, 200, generator=generator)
+    x[1] = 0
+    x[2, 8:] = 0  # its quantile is zero: the smallest positive entry bounds it
+    limit = clip_threshold(x, 0.9)
+    expected = x.clamp(-limit, limit)
+    clip_(x, 0.9)
+    assert torch.equal(x, expected)
+    assert 0 < float(limit[2]) == float(x[2].max())
 
 
 def test_sampled_quantile(generator):

@@ -114,6 +114,23 @@ def test_row_map(generator):
     torch.testing.assert_close(y[0], x[0] * 6**0.5 / x[0].norm())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_sign_map_of_stacks_is_that_of_each_matrix(dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 5, 7, generator=generator, dtype=torch.float64).to(dtype)
+    x *= torch.tensor([1.0, 1e-6, 1e6]).to(dtype)[:, None, None]
+    x[:, 1, 2] *= 1e-7  # below the floor
+    x[:, 4] = 0
+    expected = x.sign()
+    expected[:, 1, 2] = 0
+    assert torch.equal(sign_map(x), expected)
+    assert torch.equal(sign_map(x.mT), expected.mT)
+    assert torch.equal(torch.stack([sign_map(own) for own in x]), expected)
+    x[1, 0, 0] = torch.nan
+    assert sign_map(x)[1].isnan().any()
+    assert torch.equal(sign_map(x)[0], expected[0])
+
+
 def test_sign_map_does_not_toss_coins():
     x = torch.tensor([[1.0, -2.0, 1e-9], [-1e-9, 0.0, 3e-6]], dtype=torch.float64)
     for scale in (1.0, 1e-20, 1e20):

@@ -126,7 +126,7 @@ class Bars:
 
     def started(self, task: Task) -> None:
         """A process has been started."""
-        name = f"{escape(task.paper.slug)} [dim]seed {task.seed}[/]"
+        name = f"{escape(task.job.slug)} [dim]seed {task.seed}[/]"
         self._rows[task] = self._bars.add_task(name, total=1.0, message="starting")
 
     def progress(self, task: Task, fraction: float, message: str) -> None:

@@ -10,15 +10,15 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection, resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from stiefel.atlas import worker
-from stiefel.papers.paper import Paper, Scale
+from stiefel.papers.paper import Claim, Scale
 
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -34,28 +34,50 @@ _GRACE = 0.8
 """Seconds a stopped process has to free what it holds before it is killed."""
 
 
-@dataclass(frozen=True, eq=False)  # itself a key: two tasks are the same only if they are one
-class Task:
-    """One seed of one paper."""
+class Job(Protocol):
+    """What is run: as much of a paper as a process needs."""
 
-    paper: Paper
+    @property
+    def slug(self) -> str:
+        """Its name."""
+        ...
+
+    @property
+    def claims(self) -> Sequence[Claim]:
+        """Claims whose metrics the experiment must return; there may be none."""
+        ...
+
+    @property
+    def experiment(self) -> Callable[..., Any]:
+        """``experiment(scale, seed, progress)``, found by module and name."""
+        ...
+
+
+J = TypeVar("J", bound=Job)
+
+
+@dataclass(frozen=True, eq=False)  # itself a key: two tasks are the same only if they are one
+class Task(Generic[J]):
+    """One seed of one job."""
+
+    job: J
     seed: int
 
     @property
     def name(self) -> str:
         """For people."""
-        return f"{self.paper.slug} seed {self.seed}"
+        return f"{self.job.slug} seed {self.seed}"
 
 
 @dataclass
-class _Running:
-    task: Task
+class _Running(Generic[J]):
+    task: Task[J]
     process: BaseProcess
     pipe: connection.Connection
     log: Path
 
 
-class Pool:
+class Pool(Generic[J]):
     """Runs tasks side by side, each in a spawned process. Use as a context manager.
 
     However the ``with`` block is left, no process of it is alive afterwards.
@@ -65,7 +87,7 @@ class Pool:
         """Run at ``scale``; shared results go to ``store``."""
         self._scale = scale
         self._store = store
-        self._running: list[_Running] = []
+        self._running: list[_Running[J]] = []
         self._logs = Path(tempfile.mkdtemp(prefix="stiefel-"))
 
     def __enter__(self) -> Pool:
@@ -79,18 +101,18 @@ class Pool:
     def __len__(self) -> int:
         return len(self._running)
 
-    def start(self, task: Task) -> None:
+    def start(self, task: Task[J]) -> None:
         """Start a process for ``task``.
 
         Raises:
             pickle.PicklingError, AttributeError, TypeError: the experiment cannot be found by
                 module and name.
         """
-        metrics = [claim.metric for claim in task.paper.claims]
-        payload = pickle.dumps((task.paper.experiment, metrics))
+        metrics = [claim.metric for claim in task.job.claims]
+        payload = pickle.dumps((task.job.experiment, metrics))
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe(duplex=False)
-        log = self._logs / f"{task.paper.slug}-{task.seed}.log"
+        log = self._logs / f"{task.job.slug}-{task.seed}.log"
         process = context.Process(
             target=worker.run,
             args=(theirs, payload, self._scale, task.seed, self._store, log),
@@ -103,7 +125,7 @@ class Pool:
             self._running.append(_Running(task, process, ours, log))
         theirs.close()
 
-    def events(self, timeout: float) -> Iterator[tuple[Task, str, Any]]:
+    def events(self, timeout: float) -> Iterator[tuple[Task[J], str, Any]]:
         """What the processes sent within ``timeout`` seconds: (task, kind, content).
 
         Kinds are those of :func:`stiefel.atlas.worker.run`. A process that ends without a word
@@ -130,7 +152,7 @@ class Pool:
             running.process.join(max(deadline - time.monotonic(), 0))
             self._reap(running, patience=0)
 
-    def _reap(self, running: _Running, patience: float = 2.0) -> None:
+    def _reap(self, running: _Running[J], patience: float = 2.0) -> None:
         running.pipe.close()
         running.process.join(patience)
         if running.process.is_alive():

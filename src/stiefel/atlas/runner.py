@@ -132,8 +132,8 @@ class _Run:
         self._records: dict[str, list[Record]] = {name: [] for name in names}
         self._errors: dict[str, dict[int, str]] = {name: {} for name in names}
         self._results: dict[str, Result] = {}
-        self._started: dict[Task, str] = {}
-        self._queue: deque[Task] = deque()
+        self._started: dict[Task[Paper], str] = {}
+        self._queue: deque[Task[Paper]] = deque()
         self._interrupts = _Interrupts()
 
     def __call__(self, display: Display) -> list[Result]:
@@ -162,14 +162,14 @@ class _Run:
                 else:
                     self._queue.append(Task(paper, seed))
         present = len(papers) * len(self._seeds) - len(self._queue)
-        self._display.plan({t: t.paper.seconds for t in self._queue}, present)
+        self._display.plan({t: t.job.seconds for t in self._queue}, present)
         for paper in papers:
             self._conclude(paper)
 
     def _key(self, paper: Paper, seed: int) -> str:
         return result_key(self._codes[paper.slug], self._scale, seed)
 
-    def _start(self, pool: Pool, task: Task) -> None:
+    def _start(self, pool: Pool[Paper], task: Task[Paper]) -> None:
         self._started[task] = datetime.now(UTC).isoformat(timespec="milliseconds")
         self._display.started(task)
         try:
@@ -177,11 +177,11 @@ class _Run:
         except (pickle.PicklingError, AttributeError, TypeError):
             self._handle(task, "crashed", traceback.format_exc())
 
-    def _handle(self, task: Task, kind: str, content: Any) -> None:
+    def _handle(self, task: Task[Paper], kind: str, content: Any) -> None:
         if kind == "progress":
             self._display.progress(task, *content)
             return
-        slug = task.paper.slug
+        slug = task.job.slug
         problem: str | None = None
         seconds: float | None = None
         error_file = error_path(self._out, slug, self._scale, task.seed)
@@ -202,17 +202,17 @@ class _Run:
                 problem = f"{problem} (traceback: {error_file})"
             self._display.ended(task, problem, seconds)
             if kind == "unavailable":
-                self._give_up(task.paper, content)
-        self._conclude(task.paper)
+                self._give_up(task.job, content)
+        self._conclude(task.job)
 
-    def _save(self, task: Task, content: dict[str, Any]) -> None:
+    def _save(self, task: Task[Paper], content: dict[str, Any]) -> None:
         fields = ("metrics", "series", "config")
         record = Record(
-            slug=task.paper.slug,
+            slug=task.job.slug,
             scale=self._scale,
             seed=task.seed,
-            key=self._key(task.paper, task.seed),
-            code=self._codes[task.paper.slug],
+            key=self._key(task.job, task.seed),
+            code=self._codes[task.job.slug],
             measurement=Measurement(task.seed, **{name: content[name] for name in fields}),
             seconds=content["seconds"],
             peak_rss_mb=content["peak_rss_mb"],
@@ -222,11 +222,11 @@ class _Run:
             started=self._started[task],
         )
         record.save(self._out)
-        self._records[task.paper.slug].append(record)
+        self._records[task.job.slug].append(record)
 
     def _give_up(self, paper: Paper, why: str) -> None:
         """What is missing for one seed is missing for all: start no more of this paper."""
-        for task in [t for t in self._queue if t.paper is paper]:
+        for task in [t for t in self._queue if t.job is paper]:
             self._queue.remove(task)
             self._errors[paper.slug][task.seed] = why
             self._display.ended(task, None, None)

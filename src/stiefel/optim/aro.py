@@ -13,22 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stiefel.linalg.polar import frobenius_norm
 from stiefel.linalg.schulz import chunk_size, product_dtype
 from stiefel.optim.aro_layout import Entry, Orient, Share, Slot, layout, share_indices
-from stiefel.optim.aro_update import POLICIES, aro_direction, aro_rotation
+from stiefel.optim.aro_update import (
+    POLICIES,
+    aro_direction,
+    aro_rotation,
+    base_map,
+    mean_size,
+    moments,
+    oriented,
+    signs,
+)
 from stiefel.optim.base import Batch, MatrixOptimizer, _sizes, apply_update
 from stiefel.optim.orthogonal import squared_norms
 from stiefel.optim.settings import adamw_defaults, check_at_least_zero, check_choice, check_fraction
-from stiefel.optim.sinkhorn import (
-    MODES,
-    BaseMap,
-    adam_map,
-    balance,
-    checked_map,
-    row_map,
-    sign_map,
-)
+from stiefel.optim.sinkhorn import MODES, BaseMap
 from stiefel.optim.subspace import Layout, column_layout, natural_order
 
 BASES = ("sinkhorn", "row", "sign", "adam")
@@ -76,6 +76,7 @@ class ARO(MatrixOptimizer):
         rotation_every: Steps between two changes of R.
         product_dtype: Precision of the products with M. Default: bfloat16 where the device
             multiplies it natively and f is smooth, else float32. float64 parameters: float64.
+            ``"sign"``: A and the RᵀM of the update in float32, the old RᵀM and U as for a smooth f.
             R, QR and norms are never below float32.
         adamw_lr: Learning rate of elementwise groups, as are ``adamw_betas``, ``adamw_eps`` and
             ``adamw_weight_decay``.
@@ -191,6 +192,27 @@ class ARO(MatrixOptimizer):
             self._lay_out(group)
         return self._layouts[id(parameter)]
 
+    # What ranks that hold a parameter together must know
+
+    def _flops(self, group: dict[str, Any], rows: int, cols: int) -> float:
+        m, n = min(rows, cols), max(rows, cols)
+        maps = 8.0 * group["sinkhorn_iters"] * m * n if group["base"] == "sinkhorn" else 6.0 * m * n
+        if group["rotation"] == "identity":
+            return maps
+        return 2 * maps + 8.0 * m * m * n + 4.0 * m**3  # four products, QR
+
+    def _team(self, group: dict[str, Any], parameter: Tensor, index: int) -> Hashable:
+        return self._slots(group, parameter)[index].team
+
+    def _stand_in(
+        self,
+        worker: MatrixOptimizer,
+        group: dict[str, Any],
+        matrices: Sequence[tuple[Tensor, int, Tensor]],
+    ) -> None:
+        assert isinstance(worker, ARO)  # noqa: S101 - only for the type checker
+        worker._layouts = {id(t): (self._slots(group, p)[i],) for p, i, t in matrices}
+
     # State
 
     def _momentum(self, group: dict[str, Any]) -> float:
@@ -264,8 +286,10 @@ class ARO(MatrixOptimizer):
                 continue
             r = torch.stack([state["rotation"] for state in part.states])
             if due:
-                ahead = self._map(group, _moments(part, columns), unit)
-                r = aro_rotation(_oriented(x, columns), r, ahead, **self._policy(group, x))
+                ahead = base_map(group, moments(part.states, columns), unit)
+                m = oriented(x, columns)
+                look = self._precision(group, m.shape[-2], x, ahead=True)
+                r = aro_rotation(m, r, ahead, look=look, **self._policy(group, x))
                 for state, new in zip(part.states, r.unbind(0), strict=True):
                     state["rotation"].copy_(new)
             self._apply(group, part, x, unit, r)
@@ -294,14 +318,14 @@ class ARO(MatrixOptimizer):
             for batch in batches:
                 columns = _variant(batch)[0]
                 own = batch.momenta if key is None else [state[key] for state in batch.states]
-                stacks += [_oriented(t, not columns) for t in own]
+                stacks += [oriented(t, not columns) for t in own]
             return torch.cat(stacks)[None].mT
 
         x = beside(None)
-        unit = _mean_size(x.mT)
+        unit = mean_size(x.mT)
         x = (x.mT / unit).to(self._precision(group, x.shape[-2], x)).mT
         v = beside("root_second_moment") if group["base"] == "adam" else None
-        new = aro_rotation(x, r[None], self._map(group, v, unit), **self._policy(group, x))
+        new = aro_rotation(x, r[None], base_map(group, v, unit), **self._policy(group, x))
         r.copy_(new[0])
 
     def _shared(self, group: dict[str, Any], team: int) -> Tensor:
@@ -320,17 +344,20 @@ class ARO(MatrixOptimizer):
             size = chunk_size(len(batch), *batch.shape, batch.params[0].device)
         return [batch[i : i + size] for i in range(0, len(batch), size)]
 
-    def _precision(self, group: dict[str, Any], m: int, like: Tensor) -> torch.dtype:
+    def _precision(
+        self, group: dict[str, Any], m: int, like: Tensor, ahead: bool = False
+    ) -> torch.dtype:
+        """Of products; ``ahead``: of those after which a sign may be a coin toss."""
         if like.dtype == torch.float64:
             return like.dtype
         if group["product_dtype"] is not None:
             return group["product_dtype"]
-        smooth = group["base"] in ("sinkhorn", "row", "adam")
+        smooth = group["base"] in ("sinkhorn", "row", "adam") or (ahead and group["base"] == "sign")
         if smooth and group["rotation"] in ("aro", "identity") and m >= _BFLOAT16_FROM:
             return product_dtype(like.device.type)
         return torch.float32
 
-    def _policy(self, group: dict[str, Any], x: Tensor) -> dict[str, str]:
+    def _policy(self, group: dict[str, Any], x: Tensor) -> dict[str, Any]:
         auto = "qr" if x.device.type == "cpu" else "scqr"
         return {"policy": group["rotation"], "qr": auto if group["qr"] == "auto" else group["qr"]}
 
@@ -339,7 +366,7 @@ class ARO(MatrixOptimizer):
         (rows, cols), first = part.shape, part.params[0]
         dtype = self._precision(group, min(rows, cols), first)
         x = self._space.take("x", (len(part), rows, cols), dtype, first.device)
-        unit = torch.cat([_mean_size(m[None]) for m in part.momenta])
+        unit = torch.cat([mean_size(m[None]) for m in part.momenta])
         for momentum, size, out in zip(part.momenta, unit, x, strict=True):
             torch.div(momentum, size, out=out)
         return x, unit
@@ -349,11 +376,13 @@ class ARO(MatrixOptimizer):
     ) -> None:
         """U from the stack ``x`` with rotations ``r`` (None: the identity), then the weights."""
         columns = _variant(part)[0]
-        v = _moments(part, columns)
-        final, m = self._map(group, v, unit, keep=True), _oriented(x, columns)
-        u = _oriented(final(m) if r is None else aro_direction(m, r, final), columns)
+        v = moments(part.states, columns)
+        final, m = base_map(group, v, unit, keep=True), oriented(x, columns)
+        if group["base"] == "sign":  # exact in any type, so that U needs no wider product
+            final = partial(signs, dtype=self._precision(group, m.shape[-2], x, ahead=True))
+        u = oriented(final(m) if r is None else aro_direction(m, r, final), columns)
         if v is not None:
-            for state, new in zip(part.states, _oriented(v, columns).unbind(0), strict=True):
+            for state, new in zip(part.states, oriented(v, columns).unbind(0), strict=True):
                 state["root_second_moment"].copy_(new)
         rows, cols = part.shape
         lr = float(group["lr"])
@@ -363,37 +392,6 @@ class ARO(MatrixOptimizer):
             factor = torch.where(norm == 0, 0.0, lr * group["rms"] * (rows * cols) ** 0.5 / norm)
         apply_update(part.params, u, factor, 1 - lr * group["weight_decay"])
 
-    def _map(
-        self, group: dict[str, Any], v: Tensor | None, unit: Tensor, keep: bool = False
-    ) -> BaseMap:
-        """f. For ``"adam"`` with the second moment ``v`` of matrices ``unit`` times larger."""
-        base = group["base"]
-        if base == "sinkhorn":
-            return partial(balance, iters=group["sinkhorn_iters"], mode=group["sinkhorn_mode"])
-        if v is not None:
-            return partial(adam_map, root=v, unit=unit, beta2=group["beta2"], keep=keep)
-        return (
-            {"row": row_map, "sign": sign_map}[base] if isinstance(base, str) else checked_map(base)
-        )
-
 
 def _variant(batch: Batch) -> tuple[bool, int | None, bool, Layout | None]:
     return batch.variant  # pyrefly: ignore
-
-
-def _oriented(x: Tensor, columns: bool) -> Tensor:
-    return x.mT if columns else x
-
-
-def _moments(part: Batch, columns: bool) -> Tensor | None:
-    """Second moments as an oriented stack of their own memory, where the method keeps them."""
-    if "root_second_moment" not in part.states[0]:
-        return None
-    return _oriented(torch.stack([state["root_second_moment"] for state in part.states]), columns)
-
-
-def _mean_size(x: Tensor) -> Tensor:
-    """Root mean square per matrix, at least float32, never 0."""
-    size = frobenius_norm(x) / (x.shape[-2] * x.shape[-1]) ** 0.5
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return size.to(wide).clamp_min_(torch.finfo(wide).smallest_normal)

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from stiefel.linalg.cholesky_qr import orthonormal_factor
-from stiefel.linalg.polar import polar
-from stiefel.optim.sinkhorn import BaseMap, row_map, row_squares
+from stiefel.linalg.polar import frobenius_norm, polar
+from stiefel.optim.sinkhorn import (
+    BaseMap,
+    adam_map,
+    balance,
+    checked_map,
+    row_map,
+    row_squares,
+    sign_map,
+)
 
 # Norm of rows of RᵀM, in roundings of ‖M‖, that rank-deficient M leave where there is nothing, as R
 # is orthogonal to a few roundings only: up to 21 were seen for m from 8 to 384.
@@ -23,6 +35,7 @@ def aro_rotation(
     *,
     policy: str = "aro",
     qr: str = "qr",
+    look: torch.dtype | None = None,
 ) -> Float[Tensor, "*batch m m"]:
     """The new rotation: Q of QR(A) with A = M f(RᵀM)ᵀ, R being the old one.
 
@@ -38,6 +51,8 @@ def aro_rotation(
         policy: ``"aro"``; for ablations ``"polar"``, ``"eigen"`` (eigenvectors of MMᵀ) and
             ``"identity"`` (R as it is).
         qr: As in :func:`stiefel.linalg.cholesky_qr.orthonormal_factor`.
+        look: Precision of RᵀM, None for that of M. A's own product is in that of M, so that A has
+            no more rank than M.
 
     Returns:
         R, orthogonal. Where A is zero the old one.
@@ -48,7 +63,8 @@ def aro_rotation(
         a = _finite((momentum @ momentum.mT).to(rotation.dtype))
         new = torch.linalg.eigh(a)[1]
     else:
-        a = (momentum @ base(_rotate(rotation, momentum)).mT).to(rotation.dtype)
+        f = base(_rotate(rotation, momentum if look is None else momentum.to(look)))
+        a = (momentum @ f.to(momentum.dtype).mT).to(rotation.dtype)
         new = polar(_finite(a)) if policy == "polar" else orthonormal_factor(a, qr)
     live = a.abs().amax((-2, -1), keepdim=True) > 0  # false for NaN
     if a.device.type == "cpu" and bool(live.all()):
@@ -98,3 +114,39 @@ def rotation_objective(
     """
     rotated = rotation.mT @ momentum
     return (rotated * base(rotated)).sum((-2, -1))
+
+
+def oriented(x: Tensor, columns: bool) -> Tensor:
+    """``x`` with the rotated side as rows."""
+    return x.mT if columns else x
+
+
+def moments(states: Sequence[Mapping[str, Tensor]], columns: bool) -> Tensor | None:
+    """Second moments as an oriented stack of their own memory, where the method keeps them."""
+    if "root_second_moment" not in states[0]:
+        return None
+    return oriented(torch.stack([state["root_second_moment"] for state in states]), columns)
+
+
+def signs(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sign map, in another type."""
+    return sign_map(x).to(dtype)
+
+
+def mean_size(x: Tensor) -> Tensor:
+    """Root mean square per matrix, at least float32, never 0."""
+    size = frobenius_norm(x) / (x.shape[-2] * x.shape[-1]) ** 0.5
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return size.to(wide).clamp_min_(torch.finfo(wide).smallest_normal)
+
+
+def base_map(
+    group: Mapping[str, Any], v: Tensor | None, unit: Tensor, keep: bool = False
+) -> BaseMap:
+    """f. For ``"adam"`` with the second moment ``v`` of matrices ``unit`` times larger."""
+    base = group["base"]
+    if base == "sinkhorn":
+        return partial(balance, iters=group["sinkhorn_iters"], mode=group["sinkhorn_mode"])
+    if v is not None:
+        return partial(adam_map, root=v, unit=unit, beta2=group["beta2"], keep=keep)
+    return {"row": row_map, "sign": sign_map}[base] if isinstance(base, str) else checked_map(base)

@@ -25,6 +25,7 @@ from stiefel.optim.subspace import (
     selection_defaults,
     stack_size,
     stacked,
+    transform_flops,
     transformed,
     uncompiled,
     warn_of_clamping,
@@ -92,7 +93,7 @@ class DCTAdamW(MatrixOptimizer):
         correct_new_columns: See above; r integers more. Needs ``rotate``.
         side: ``"auto"`` transforms along the smaller side, ``"right"`` rows, ``"left"`` columns.
         basis: ``"dct2"``, ``"dct3"``, or a function from n to an orthogonal matrix, for study.
-        method: ``"auto"``, ``"fft"`` or ``"matmul"``; what is faster here was measured by "auto".
+        method: ``"auto"``, ``"fft"`` or ``"matmul"``; "auto" goes by sizes.
         adamw_lr: Learning rate of elementwise groups, as are ``adamw_betas``, ``adamw_eps`` and
             ``adamw_weight_decay``.
         nonfinite: As in :class:`Muon`, as is ``maximize``.
@@ -107,6 +108,7 @@ class DCTAdamW(MatrixOptimizer):
 
     _first_state = "columns"
     _has_momentum = False
+    _sends = "gradient"
     _float32_state = ("low_avg_sq", "error_range")
     _exact_state = ("columns", "column_steps", "error_codes")
 
@@ -222,6 +224,10 @@ class DCTAdamW(MatrixOptimizer):
             for view, part, shape in zip(views, parts, shapes, strict=True):
                 view[key] = part.view(shape)
         return views
+
+    def _flops(self, group: dict[str, Any], rows: int, cols: int) -> float:
+        n = selection(group, rows, cols)[0].n
+        return transform_flops(n, rows, cols) + 20.0 * rows * cols
 
     def _variant(self, group: dict[str, Any], parameter: Tensor, index: int) -> Hashable:
         return column_layout(group, parameter)

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from stiefel.comparison import Grid, crossing, mean_and_half
 from stiefel.optim.race_contestants import BASELINE
-from stiefel.optim.race_grid import Grid, crossing, mean_and_half
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from stiefel.comparison import Grid, first_grid
 from stiefel.optim.race_contestants import (
     BASELINE,
     Contestant,
@@ -26,7 +27,6 @@ from stiefel.optim.race_contestants import (
     groups_of,
     typical_inputs,
 )
-from stiefel.optim.race_grid import Grid, first_grid
 from stiefel.optim.race_result import RaceResult, Standing
 from stiefel.optim.race_run import train
 from stiefel.optim.race_task import build, factory_settings, text_settings

@@ -21,9 +21,10 @@ from stiefel.linalg.coefficients import (
     table,
 )
 from stiefel.optim.base import Batch, _sizes, gradient
+from stiefel.optim.distributed.owned import everything
 from stiefel.optim.groups import dimension_order, matrices
 from stiefel.optim.orthogonal import OrthogonalOptimizer
-from stiefel.optim.quantile import MODES, check_quantile, clip_threshold
+from stiefel.optim.quantile import MODES, check_quantile, clip_, clip_threshold
 from stiefel.optim.settings import adamw_defaults, check_choice, check_fraction, scale_factor
 
 # One triple for all steps and shapes, fitted by the routine of `fit_coefficients` to recorded and
@@ -155,6 +156,7 @@ class ROOT(OrthogonalOptimizer):
         """Share of Σ\\|U\\| that the last step's clip threw away, for every matrix.
 
         Call it after :meth:`step` and before the gradients are cleared: U is built from them again.
+        With DTensor parameters every rank must call it.
 
         Returns:
             Name of the parameter (its position where it has none) → one number in [0, 1) per
@@ -168,7 +170,7 @@ class ROOT(OrthogonalOptimizer):
                 rows = tuple(r for r, _ in _sizes(group, p))
                 order = dimension_order(p)
                 pair = (gradient(p), self.state[p]["momentum_buffer"])
-                parts = (matrices(t, group["view"], rows, order) for t in pair)
+                parts = (matrices(everything(t), group["view"], rows, order) for t in pair)
                 numbers = shares.setdefault(self._name(group, p), [])
                 for g, m in zip(*parts, strict=True):
                     u = torch.lerp(g, m, group["momentum"]) if group["nesterov"] else m
@@ -230,15 +232,8 @@ class ROOT(OrthogonalOptimizer):
         return _rule(given, group["ns_steps"])
 
     def _normalize(self, group: dict[str, Any], x: Tensor, u: Tensor, rule: Table) -> None:
-        q, mode = group["quantile"], group["quantile_mode"]
-        if q < 1:
-            limit = clip_threshold(u, q, mode)
-            if u.device.type == "cpu":  # numbers clamp five times as fast as tensors
-                for matrix, bound in zip(u, limit.flatten().tolist(), strict=True):
-                    matrix.clamp_(-bound, bound)
-            else:
-                limit = limit.to(u.dtype)
-                torch.clamp(u, -limit, limit, out=u)
+        if group["quantile"] < 1:
+            clip_(u, group["quantile"], group["quantile_mode"], self._space)
         super()._normalize(group, x, u, rule)
         if group["nonfinite"] != "propagate":
             # One NaN is in the norm and so in every entry; a lone Inf has been clipped.

@@ -156,7 +156,7 @@ def transformed(
 ) -> Tensor:
     """S = A Q of every matrix, (k, R, C), in scratch memory that is good until the next call."""
     first = tensors[0]
-    if not selector.uses_fft(selector.n, first.dtype, first.device):
+    if not selector.uses_fft(selector.n, first.device):
         return selector.coefficients(stacked(tensors), dim)
     rows, cols = first.shape
     work = _scratch(space, first, len(tensors), rows, cols, dim)
@@ -168,11 +168,16 @@ def expanded(
     space: Workspace, selector: ColumnSelector, low: Tensor, idx: Tensor, dim: int
 ) -> Tensor:
     """low Pᵀ of every matrix, (k, R, C), in scratch memory that is good until the next call."""
-    if not selector.uses_fft(selector.rank, low.dtype, low.device):
+    if not selector.uses_fft(selector.rank, low.device):
         return selector.expand(low, idx, dim=dim)
     rows, cols = low.shape[1:]
     rows, cols = (rows, selector.n) if dim == -1 else (selector.n, cols)
     return selector.expand_into_(_scratch(space, low, len(low), rows, cols, dim), low, idx, dim)
+
+
+def transform_flops(n: int, rows: int, cols: int) -> float:
+    """Floating-point operations of a fast transform of length n there and back."""
+    return 10.0 * rows * cols * max(1, n.bit_length())
 
 
 def _scratch(space: Workspace, like: Tensor, count: int, rows: int, cols: int, dim: int) -> Tensor:

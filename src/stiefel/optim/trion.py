@@ -32,6 +32,7 @@ from stiefel.optim.subspace import (
     selection_defaults,
     stack_size,
     stacked,
+    transform_flops,
     transformed,
     uncompiled,
     warn_of_clamping,
@@ -108,7 +109,7 @@ class Trion(OrthogonalOptimizer):
         eps: As in :class:`Muon`.
         side: ``"auto"`` transforms along the smaller side, ``"right"`` rows, ``"left"`` columns.
         basis: ``"dct2"``, ``"dct3"``, or a function from n to an orthogonal matrix, for study.
-        method: ``"auto"``, ``"fft"`` or ``"matmul"``; what is faster here was measured by "auto".
+        method: ``"auto"``, ``"fft"`` or ``"matmul"``; "auto" goes by sizes.
         adamw_lr: Learning rate of elementwise groups, as are ``adamw_betas``, ``adamw_eps`` and
             ``adamw_weight_decay``.
         nonfinite: As in :class:`Muon`, as are ``ns_dtype`` and ``maximize``.
@@ -120,6 +121,7 @@ class Trion(OrthogonalOptimizer):
     """
 
     _first_state = "momentum_dct"
+    _sends = "gradient"  # a shard of M Q is no function of the same shard of M
 
     def __init__(
         self,
@@ -181,6 +183,11 @@ class Trion(OrthogonalOptimizer):
 
     def _rule(self, group: dict[str, Any], rows: int, cols: int) -> Table:
         return _table(group["ns"], group["ns_steps"])
+
+    def _flops(self, group: dict[str, Any], rows: int, cols: int) -> float:
+        selector, dim = selection(group, rows, cols)
+        low = super()._flops(group, *low_shape(selector, dim, rows, cols))
+        return low + transform_flops(selector.n, rows, cols)
 
     def _eps(self, group: dict[str, Any]) -> float | None:
         return group["eps"]

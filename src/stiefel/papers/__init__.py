@@ -20,7 +20,20 @@ from stiefel.papers.paper import Verdict as Verdict
 from stiefel.papers.progress import Progress as Progress
 
 # In the order of the page. Each name is a module here with a ``paper`` in it.
-MODULES = ("rmnp", "normuon", "root", "auon", "aro", "dct_low_rank")
+MODULES = (
+    "rmnp",
+    "normuon",
+    "root",
+    "auon",
+    "aro",
+    "dct_low_rank",
+    "rich_lazy",
+    "rich_features",
+    "warm_starting",
+    "permutation_learning",
+    "deep_linear_dynamics",
+    "s4d",
+)
 
 
 @cache

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from stiefel.comparison import mean_interval as mean_interval
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -116,35 +118,6 @@ class Claim:
         else:
             verdict = Verdict.INCONCLUSIVE
         return Judgement(self, mean, (lo, hi), verdict)
-
-
-def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
-    """Mean of ``values`` and its two-sided Student-t confidence interval ``(mean, lo, hi)``.
-
-    With fewer than two values the interval is the whole line. Values that are all the same
-    infinity (a target that no seed reached) have themselves as mean and interval; NaN, or
-    infinities mixed with anything else, leave the interval the whole line.
-
-    Raises:
-        ValueError: ``confidence`` is not between 0 and 1.
-    """
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
-    n = len(values)
-    if n == 0 or any(math.isnan(v) for v in values):
-        return math.nan, -math.inf, math.inf
-    if any(math.isinf(v) for v in values):
-        mean = values[0] if len(set(values)) == 1 else math.nan
-        return (mean, mean, mean) if n > 1 and not math.isnan(mean) else (mean, -math.inf, math.inf)
-    # Rounding must not push the mean of equal values off their value, and so across a bound.
-    mean = min(max(math.fsum(values) / n, min(values)), max(values))
-    if n == 1:
-        return mean, -math.inf, math.inf
-    from scipy.special import stdtrit  # imported here: `stiefel list` needs no statistics
-
-    spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
-    half = float(stdtrit(n - 1, 0.5 + confidence / 2)) * spread / math.sqrt(n)
-    return mean, mean - half, mean + half
 
 
 Experiment = Callable[["Scale", int, "Progress"], Measurement]

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from stiefel import comparison
+from stiefel.comparison import Rates
 from stiefel.papers.paper import Scale
 from stiefel.papers.progress import Progress
 
@@ -120,12 +122,11 @@ def plan(scale: Scale) -> Plan:
 
 
 @dataclass
-class Choice:
+class Choice(Rates):
     """The rate chosen for a method, and what it was chosen from."""
 
     method: str
     tried: dict[float, float | None] = field(default_factory=dict)
-    """Rate to loss on the windows that choose; None where the run diverged."""
     reported: dict[float, float | None] = field(default_factory=dict)
     """Rate to loss on the windows that are reported."""
 
@@ -136,22 +137,18 @@ class Choice:
         Raises:
             ValueError: every run diverged.
         """
-        finite = {lr: loss for lr, loss in self.tried.items() if loss is not None}
-        if not finite:
+        if self.best is None:
             raise ValueError(f"{self.method} diverged at every rate tried: {sorted(self.tried)}")
-        return min(finite, key=lambda lr: finite[lr])
+        return self.best
 
     @property
     def bracketed(self) -> bool:
-        """Whether the best rate has a worse one on both sides."""
-        return min(self.tried) < self.lr < max(self.tried)
+        """As in a grid.
 
-    def next_rate(self) -> float:
-        """One grid step beyond the end at which the best rate lies."""
-        rates = sorted(self.tried)
-        low = self.lr == rates[0]
-        value = rates[0] ** 2 / rates[1] if low else rates[-1] ** 2 / rates[-2]
-        return float(f"{value:.6g}")  # 4e-3, not 0.0039999999999
+        Raises:
+            ValueError: every run diverged, so that other rates would hardly help.
+        """
+        return min(self.tried) < self.lr < max(self.tried)
 
 
 def choose(
@@ -202,15 +199,7 @@ def crossing(run: Run, level: float) -> float | None:
 
     None if it never is.
     """
-    previous: tuple[int, float] | None = None
-    for step, loss in zip(run["steps"], run["losses"], strict=True):
-        if loss <= level:
-            if previous is None or previous[1] == loss:
-                return float(step)
-            share = (previous[1] - level) / (previous[1] - loss)
-            return previous[0] + share * (step - previous[0])
-        previous = (step, loss)
-    return None
+    return comparison.crossing(run["steps"], run["losses"], level)
 
 
 def settings_of(race: Plan, choices: Mapping[str, Choice]) -> dict[str, object]:

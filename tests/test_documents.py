@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,3 +30,13 @@ def test_links_between_documents_lead_somewhere():
     for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", path.read_text(encoding="utf-8")):
             assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def test_tables_of_verdicts_are_those_of_the_results():
+    sys.path.insert(0, str(ROOT / "tools"))
+    import tables
+
+    assert len(tables.results()) >= 12
+    for name, table in tables.tables().items():
+        found = tables.PLACE.findall((ROOT / name).read_text(encoding="utf-8"))
+        assert found == [table], f"{name}: run python tools/tables.py"

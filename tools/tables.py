@@ -1,0 +1,67 @@
+"""Write the tables of verdicts in README.md and docs/results.md from results/.
+
+    python tools/tables.py
+
+They stand between ``<!-- verdicts -->`` and ``<!-- end of verdicts -->``; a test compares them.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from stiefel.atlas.record import load_all
+from stiefel.atlas.result import Result, combine, plus_minus
+from stiefel.papers import Judgement, Scale, all_papers
+
+ROOT = Path(__file__).resolve().parent.parent
+PLACE = re.compile(r"(?<=<!-- verdicts -->\n).*?(?=<!-- end of verdicts -->)", re.DOTALL)
+HEAD = "| paper | claim | measured | bound | verdict |\n|---|---|---|---|---|\n"
+
+
+def results() -> list[Result]:
+    """Reference results of every paper that has any, in the order of the page."""
+    found = []
+    for paper in all_papers():
+        records = load_all(ROOT / "results", paper.slug, Scale.LAPTOP)
+        if records:
+            found.append(combine(paper, Scale.LAPTOP, records))
+    return found
+
+
+def row(slug: str, judgement: Judgement, *, bold: bool) -> str:
+    """One claim."""
+    claim, verdict = judgement.claim, judgement.verdict.value
+    text = claim.text.replace("|", "\\|")
+    verdict = f"**{verdict}**" if bold else verdict
+    bound = f"{claim.relation} {claim.bound:g}".replace("-", "−")
+    return f"| {slug} | {text} | {plus_minus(judgement)} | {bound} | {verdict} |\n"
+
+
+def tables() -> dict[str, str]:
+    """File → its table: headlines in the README, every claim in the documentation."""
+    headlines, claims = HEAD, HEAD
+    for result in results():
+        slug = f"`{result.slug}`"
+        headlines += row(slug, result.claims[0], bold=True)
+        claims += row(slug, result.claims[0], bold=True)
+        claims += "".join(row("", judgement, bold=False) for judgement in result.claims[1:])
+    return {"README.md": headlines, "docs/results.md": claims}
+
+
+def main() -> int:
+    """Write both."""
+    for name, table in tables().items():
+        path = ROOT / name
+        text = path.read_text(encoding="utf-8")
+        changed, places = PLACE.subn(lambda _, table=table: table, text)
+        if places != 1:
+            print(f"{name} has {places} places for the verdicts, not one", file=sys.stderr)
+            return 1
+        path.write_text(changed, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -6,6 +6,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ SCRIPTS = sorted(p for p in (ROOT / "examples").glob("*.py") if p.stem not in SH
 NEEDED = {
     "plain_loop": ["transformers"],
     "accelerate_loop": ["transformers", "accelerate"],
+    "fsdp2_train": ["transformers"],
     "transformers_trainer": ["transformers", "accelerate"],
 }
 UNTRAINED = 5.545  # log 256
@@ -26,9 +28,9 @@ every_example = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path
 def start(*command, cwd):
     """A fresh Python on one thread, without the hub."""
     return subprocess.run(
-        [sys.executable, "-W", "error", *map(str, command)],
+        [sys.executable, *map(str, command)],
         cwd=cwd,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"},
         capture_output=True,
         text=True,
         timeout=120,
@@ -84,3 +86,46 @@ def test_a_missing_package_is_named_with_its_extra(script, monkeypatch):
 def test_too_few_steps_are_refused(script, monkeypatch, capsys):
     assert run_here(monkeypatch, script, "--steps", "1") == 2
     assert "--steps must be at least 2, got 1" in capsys.readouterr().err
+
+
+# FSDP2
+
+FSDP2 = ROOT / "examples" / "fsdp2_train.py"
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+AGREEMENT = 1e-4  # of losses; on the machines that we have it is 1e-6
+
+
+def losses(process):
+    """Step → training loss, and the held-out loss under "end"."""
+    found = re.findall(r"^step (\d+): training loss (\d+\.\d+)$", process.stdout, re.MULTILINE)
+    return {int(step): float(loss) for step, loss in found} | {"end": held_out(process)}
+
+
+def test_two_processes_train_as_one_and_go_on_from_each_others_checkpoints(tmp_path):
+    alone, together = (FSDP2, "--steps", 20, "--out"), (*TORCHRUN, FSDP2, "--steps", 20, "--out")
+    with ThreadPoolExecutor() as pool:
+        runs = [
+            pool.submit(start, *command, cwd=tmp_path)
+            for command in ((*alone, "of one"), (*together, "of two"))
+        ]
+        one, two = (run.result() for run in runs)
+        runs = [
+            pool.submit(start, *command, cwd=tmp_path)
+            for command in ((*alone, "of two"), (*together, "of one"))
+        ]
+        one_from_two, two_from_one = (run.result() for run in runs)
+
+    expected = losses(one)
+    assert expected.keys() == {5, 10, 15, 20, "end"}
+    assert expected["end"] < UNTRAINED - 1.5
+    assert losses(two) == pytest.approx(expected, abs=AGREEMENT)
+    for later in (one_from_two, two_from_one):
+        assert "going on from step 10" in later.stdout
+        second_half = {key: expected[key] for key in (15, 20, "end")}
+        assert losses(later) == pytest.approx(second_half, abs=AGREEMENT)
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    message = run_here(monkeypatch, FSDP2, "--steps", "2")
+    assert message == "16 rows cannot be shared equally by 3 processes"

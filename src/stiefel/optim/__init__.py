@@ -20,6 +20,8 @@ from stiefel.optim.auon import auon_direction as auon_direction
 from stiefel.optim.columns import ColumnSelector as ColumnSelector
 from stiefel.optim.columns import low_rank_svd_projector as low_rank_svd_projector
 from stiefel.optim.dct_adamw import DCTAdamW as DCTAdamW
+from stiefel.optim.distributed.plan import DistributionPlan as DistributionPlan
+from stiefel.optim.distributed.plan import distribution_plan as distribution_plan
 from stiefel.optim.fit import fit_coefficients as fit_coefficients
 from stiefel.optim.groups import describe_groups as describe_groups
 from stiefel.optim.groups import split_parameters as split_parameters

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,9 @@ from torch import Tensor
 from stiefel.linalg.coefficients import Table, table
 from stiefel.linalg.polar import frobenius_norm
 from stiefel.linalg.schulz import normalize_into
-from stiefel.optim.base import _LOW_PRECISION, Batch, MatrixOptimizer
+from stiefel.optim.base import MatrixOptimizer
+from stiefel.optim.batch import LOW_PRECISION, Batch
+from stiefel.optim.distributed.shards import Shard, is_split
 from stiefel.optim.orthogonal import OrthogonalOptimizer
 from stiefel.optim.settings import adamw_defaults, check_choice, check_fraction, scale_factor
 
@@ -96,7 +99,7 @@ def _beyond_square(t: float) -> float:
 
 
 def _wide(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.dtype in _LOW_PRECISION else x.dtype
+    return torch.float32 if x.dtype in LOW_PRECISION else x.dtype
 
 
 class AuON(MatrixOptimizer):
@@ -169,12 +172,55 @@ class AuON(MatrixOptimizer):
         _check_gamma(group["gamma"])
         check_choice(group, "variant", ("paper", "code"))
 
+    _sends = "nothing"
+    _needs_whole_sums = True
+
+    def _update_shards(
+        self,
+        group: dict[str, Any],
+        shards: Sequence[Shard],
+        total: Callable[[list[Tensor]], list[Tensor]],
+    ) -> None:
+        """Two numbers of a split matrix are added up over ranks: Σ U² and Σ sinh²(γ U/‖U‖_F)."""
+        ahead = []
+        for shard in shards:
+            g, m = shard.grad, shard.momentum
+            m.lerp_(g, 1 - group["momentum"])
+            u = torch.lerp(g, m, group["momentum"]) if group["nesterov"] else m
+            ahead.append(u)
+        split = [is_split(shard.entry) for shard in shards]
+        norms = _totals(shards, split, [_square_sum(u) for u in ahead], total)
+        norms = [n.sqrt() for n in norms]
+        waves = [_wave_sum(u, group["gamma"], n) for u, n in zip(ahead, norms, strict=True)]
+        waves = _totals(shards, split, waves, total)
+        lr = float(group["lr"])
+        decay = 1 - lr * group["weight_decay"]
+        for shard, u, norm, wave in zip(shards, ahead, norms, waves, strict=True):
+            if not u.numel():
+                continue
+            rows, cols = shard.size
+            r = (1 + wave / (rows * cols)).sqrt() + _EPS
+            factor = lr / r
+            if group["variant"] == "paper":
+                factor = scale_factor("spectral", rows, cols) * factor / norm
+            factor = torch.where(norm > 0, factor, torch.where(norm == 0, 0.0, norm))
+            p = shard.param
+            target = p.float() if p.dtype in LOW_PRECISION else p
+            if decay != 1.0:
+                target.mul_(decay)
+            if u.device.type == "cpu":
+                _subtract(target, u, float(factor))
+            else:
+                target.sub_((u * factor).to(target.dtype))
+            if target is not p:
+                p.copy_(target)
+
     def _update(self, group: dict[str, Any], batch: Batch) -> None:
         first, lr = batch.params[0], float(group["lr"])
         decay = 1 - lr * group["weight_decay"]
         if group["variant"] == "paper":
             lr *= scale_factor("spectral", *batch.shape)
-        low = first.dtype in _LOW_PRECISION
+        low = first.dtype in LOW_PRECISION
         ahead = self._space.take("u", batch.shape, first.dtype, first.device)
         for p, g, m in zip(batch.params, batch.grads, batch.momenta, strict=True):
             m.lerp_(g, 1 - group["momentum"])
@@ -188,6 +234,40 @@ class AuON(MatrixOptimizer):
                 target.sub_(lr * _direction(group, u))
             if low:
                 p.copy_(target)
+
+
+def _square_sum(u: Tensor) -> Tensor:
+    """Σ U² in float64, where no square leaves the range."""
+    return torch.linalg.vector_norm(u, dtype=torch.float64).square()
+
+
+def _wave_sum(u: Tensor, gamma: float, norm: Tensor) -> Tensor:
+    """Σ sinh²(γ U/‖U‖) over a part of U, in float64, a few rows at a time."""
+    if not u.numel():
+        return norm.new_zeros(())
+    t = gamma / norm.clamp_min(torch.finfo(torch.float64).tiny)
+    largest = u.abs().amax().double() * t
+    if u.device.type == "cpu":
+        energy = _square_sum(u) * t.square()
+        if float(energy) / u.numel() * _beyond_square(float(largest)) <= _SERIES_ERROR:
+            return energy
+    return torch.stack([(row.double() * t).sinh().square().sum() for row in u.split(256)]).sum()
+
+
+def _totals(
+    shards: Sequence[Shard],
+    split: Sequence[bool],
+    values: Sequence[Tensor],
+    total: Callable[[list[Tensor]], list[Tensor]],
+) -> list[Tensor]:
+    """Sums over ranks for split matrices, their own values for others; each copy counts once."""
+    mine = [
+        v if shard.counts else torch.zeros_like(v)
+        for shard, v, parted in zip(shards, values, split, strict=True)
+        if parted
+    ]
+    found = iter(total(mine))
+    return [next(found) if parted else v for v, parted in zip(values, split, strict=True)]
 
 
 def _divisor(group: dict[str, Any], u: Tensor) -> float:

@@ -2,65 +2,33 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
 from itertools import chain
+from operator import is_not
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from stiefel.linalg.schulz import Workspace
-from stiefel.optim.groups import block_sizes, dimension_order, matrices, warn_of_empty_groups
+from stiefel.optim.batch import Batch as Batch
+from stiefel.optim.batch import apply_update as apply_update
+from stiefel.optim.distributed.geometry import is_dtensor
+from stiefel.optim.elementwise import adamw_state, update_elementwise
+from stiefel.optim.gradients import bad_gradient, check_kind, nonfinite
+from stiefel.optim.gradients import gradient as gradient
+from stiefel.optim.groups import dimension_order, matrices, warn_of_empty_groups
 from stiefel.optim.settings import (
     NONFINITE,
     check_adamw,
     check_at_least_zero,
     check_choice,
 )
+from stiefel.optim.shapes import VIEWS, check_matrix
+from stiefel.optim.shapes import matrix_sizes as _sizes
 
-_LOW_PRECISION = (torch.float16, torch.bfloat16)
-_FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 _ADAMW = ("adamw_lr", "adamw_betas", "adamw_eps", "adamw_weight_decay")
-
-
-@dataclass
-class Batch:
-    """Matrices of one shape, dtype and device, in step with one another."""
-
-    params: list[Tensor]
-    """Views (R, C) into parameters."""
-    grads: list[Tensor]
-    momenta: list[Tensor]
-    """Views (R, C); :meth:`advance` brings them up to date."""
-    states: list[dict[str, Tensor]]
-    """Further state, each tensor one that belongs to this matrix alone."""
-    variant: Hashable = None
-    """What :meth:`MatrixOptimizer._variant` says of all of them."""
-
-    def __getitem__(self, part: slice) -> Batch:
-        return Batch(
-            self.params[part],
-            self.grads[part],
-            self.momenta[part],
-            self.states[part],
-            self.variant,
-        )
-
-    def __len__(self) -> int:
-        return len(self.params)
-
-    def advance(self, momentum: float) -> None:
-        """M ← μ M + (1 − μ) G. Left to the update, which then finds both in the cache."""
-        torch._foreach_lerp_(self.momenta, self.grads, 1 - momentum)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(R, C), rows being output neurons."""
-        return self.params[0].shape[0], self.params[0].shape[1]
 
 
 class MatrixOptimizer(torch.optim.Optimizer):
@@ -82,6 +50,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
     """What the state of every matrix parameter has once it was updated."""
     _has_momentum = True
     """Whether that is a momentum of the parameter's shape, else one of :meth:`_extra_state`."""
+    _sends = "momentum"
+    """What one rank needs of the others for a matrix that they hold together: ``"momentum"`` (a
+    step ahead, where the group has ``nesterov``), ``"gradient"`` (all state is the owner's), or
+    ``"nothing"``: see :meth:`_update_shards`."""
+    _needs_whole_sums = False
+    """Whether a method that sends nothing sums over whole matrices, rather than over rows."""
 
     def __init__(
         self,
@@ -96,6 +70,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__} only minimizes: maximize must be False; negate the loss"
             )
         self._space = Workspace()
+        self._process_group: Any = None
+        self._planned: list[Any] = []
+        self._made: Any = None
         params = list(params) if not isinstance(params, Tensor) else params
         explicit = any(isinstance(g, dict) and "rule" in g for g in params)
         super().__init__(params, {"rule": "matrix", "view": "flatten", "blocks": None, **defaults})
@@ -139,11 +116,60 @@ class MatrixOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
+    def distribute(self, process_group: Any = None) -> None:
+        """Spread the work on replicated parameters (DDP) over the ranks of a process group.
+
+        Each matrix is then updated by one rank, and its update sent to the others; what the method
+        keeps besides momentum is that rank's alone. Without this call every rank updates all, and
+        nothing is sent. DTensor parameters are always spread over their mesh. All ranks must call
+        it, with equal parameters.
+
+        Args:
+            process_group: Default: all ranks.
+
+        Raises:
+            RuntimeError: no process group has been started; there is state already.
+        """
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
+            raise RuntimeError("distribute() needs torch.distributed.init_process_group first")
+        if self.state:
+            raise RuntimeError("distribute() must be called before the first step")
+        self._process_group, self._planned = process_group or dist.group.WORLD, []
+
+    def _engine(self) -> Any:
+        """What works on parameters that several ranks hold, or None; made anew for new ones.
+
+        Frameworks that shard a model after its optimizer was made put other lists of parameters
+        into the groups.
+        """
+        lists = [group["params"] for group in self.param_groups]
+        if len(lists) != len(self._planned) or any(map(is_not, lists, self._planned)):
+            self._planned, self._made = lists, None
+            shared = any(is_dtensor(p) for params in lists for p in params)
+            if shared or self._process_group is not None:
+                from stiefel.optim.distributed.engine import Engine
+
+                self._made = Engine(self, self._process_group)
+        return self._made
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles.
+
+        Raises:
+            TypeError: after :meth:`distribute`: a process group belongs to its process.
+        """
+        if self._process_group is not None:
+            raise TypeError("a distributed optimizer cannot be copied; use its state_dict()")
+        return super().__getstate__()
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore; settings that an older or foreign state lacks come from the defaults."""
         super().__setstate__(state)
         if not hasattr(self, "_space"):
             self._space = Workspace()
+            self._process_group, self._planned, self._made = None, [], None
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 if key not in (*_ADAMW, "differentiable"):  # torch adds that one itself
@@ -179,6 +205,18 @@ class MatrixOptimizer(torch.optim.Optimizer):
         ):
             super().load_state_dict(state_dict)
 
+    def state_dict(self) -> dict[str, Any]:
+        """As :class:`torch.optim.Optimizer`.
+
+        Where parameters are DTensors, or their work is spread, it has what one process would have,
+        as DTensors: every rank must call it, as the parts are brought together.
+        """
+        engine = self._engine()
+        if engine is None:
+            return super().state_dict()
+        with engine.exposed():
+            return super().state_dict()
+
     def _restore(self, saved: dict[str, Any]) -> None:
         """Take float32 state unrounded, and make state that ``saved`` does not have."""
         indices = iter(chain.from_iterable(g["params"] for g in saved["param_groups"]))
@@ -207,6 +245,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
                         UserWarning,
                         stacklevel=2,
                     )
+        engine = self._engine()
+        if engine is not None:
+            engine.adopt()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -216,6 +257,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
             RuntimeError: a sparse or complex gradient. Nothing has changed then.
             FloatingPointError: NaN or Inf in a gradient and ``nonfinite="raise"``. Nothing has
                 changed then.
+
+        Where parameters are DTensors, what one rank raises the others raise as RuntimeError with
+        that rank's number and message, in the same step if the method sends anything at all. Such
+        steps cannot be compiled by ``torch.compile``.
         """
         loss = None
         if closure is not None:
@@ -225,6 +270,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
             (group, [p for p in group["params"] if p.grad is not None and p.numel()])
             for group in self.param_groups
         ]
+        engine = self._engine()
+        if engine is not None:
+            engine.step(work)
+            return loss
         self._check_gradients(work)
         for group, params in work:
             if not params:
@@ -265,6 +314,40 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def _momentum(self, group: dict[str, Any]) -> float:
         return group["momentum"]
 
+    # What a method says of itself where several ranks hold a parameter
+
+    def _flops(self, group: dict[str, Any], rows: int, cols: int) -> float:
+        """Floating-point operations of one update of a matrix, to balance the ranks by."""
+        return 10.0 * rows * cols
+
+    def _team(self, group: dict[str, Any], parameter: Tensor, index: int) -> Hashable:
+        """What a parameter's ``index``-th matrix must be updated together with; None: nothing."""
+        return None
+
+    def _stand_in(
+        self,
+        worker: MatrixOptimizer,
+        group: dict[str, Any],
+        matrices: Sequence[tuple[Tensor, int, Tensor]],
+    ) -> None:
+        """Tell ``worker`` what this optimizer knows of (parameter, index of matrix, stand-in)."""
+
+    def _update_shards(
+        self,
+        group: dict[str, Any],
+        shards: Sequence[Any],
+        total: Callable[[list[Tensor]], list[Tensor]],
+    ) -> None:
+        """Update what this rank holds; for methods that send nothing.
+
+        Args:
+            group: The parameter group.
+            shards: One :class:`stiefel.optim.distributed.shards.Shard` per matrix, the same
+                matrices on every rank.
+            total: Sums tensors, of equal shapes on every rank, over the ranks.
+        """
+        raise TypeError(f"{type(self).__name__} has no rule for shards")
+
     def _check_group(self, group: dict[str, Any]) -> None:
         """Refuse settings out of range."""
         check_at_least_zero(group, "lr", "weight_decay")
@@ -300,91 +383,39 @@ class MatrixOptimizer(torch.optim.Optimizer):
         return list(found.values())
 
     def _adamw(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        """The elementwise rule: torch's own fused or foreach AdamW."""
-        fused = all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in params)
-        averages, squares, steps = [], [], []
-        for parameter in params:
-            state = self.state[parameter]
-            if "step" not in state:
-                state["step"] = torch.zeros((), dtype=torch.float32)
-                state["exp_avg"] = torch.zeros_like(parameter)
-                state["exp_avg_sq"] = torch.zeros_like(parameter)
-            if fused:  # the fused kernels want the count beside the parameter
-                state["step"] = state["step"].to(parameter.device)
-            averages.append(state["exp_avg"])
-            squares.append(state["exp_avg_sq"])
-            steps.append(state["step"])
-        beta1, beta2 = group["betas"]
-        adamw(
-            params,
-            [gradient(p) for p in params],
-            averages,
-            squares,
-            [],
-            steps,
-            fused=fused,
-            foreach=not fused,
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
+        """The elementwise rule."""
+        grads = [gradient(p) for p in params]
+        update_elementwise(group, params, grads, *adamw_state(self.state, params))
 
-    def _check_gradients(self, work: list[tuple[dict[str, Any], list[Tensor]]]) -> None:
-        """Refuse, before anything is changed, what no rule can use; drop what is to be skipped."""
-        name = type(self).__name__
+    def _check_kinds(self, work: list[tuple[dict[str, Any], list[Tensor]]]) -> None:
+        """Refuse gradients that no rule can use."""
         for group, params in work:
             for parameter in params:
                 grad = gradient(parameter)
-                if grad.layout != torch.strided:
-                    raise RuntimeError(
-                        f"{name} does not support sparse gradients, got one of layout "
-                        f"{grad.layout} for {self._name(group, parameter)}"
-                    )
-                if grad.is_complex():
-                    raise RuntimeError(
-                        f"{name} does not support complex gradients, got one of dtype "
-                        f"{grad.dtype} for {self._name(group, parameter)}"
-                    )
+                if grad.layout != torch.strided or grad.is_complex():
+                    check_kind(type(self).__name__, self._name(group, parameter), grad)
+
+    def _check_gradients(self, work: list[tuple[dict[str, Any], list[Tensor]]]) -> None:
+        """Refuse, before anything is changed, what no rule can use; drop what is to be skipped."""
+        self._check_kinds(work)
         for group, params in work:
-            if not params or group["nonfinite"] == "propagate" or _all_finite(params):
+            if not params or group["nonfinite"] == "propagate":
                 continue
-            bad = [p for p in params if not bool(torch.isfinite(gradient(p)).all())]
+            bad = nonfinite(params, [gradient(p) for p in params])
             for parameter in bad:
-                message = f"NaN or Inf in the gradient of {self._name(group, parameter)}"
                 if group["nonfinite"] == "raise":
-                    raise FloatingPointError(
-                        f"{message}; nothing was updated. nonfinite='skip' leaves such parameters "
-                        "as they are for this step"
-                    )
+                    raise FloatingPointError(bad_gradient(self._name(group, parameter)))
+                message = f"NaN or Inf in the gradient of {self._name(group, parameter)}"
                 warnings.warn(f"{message}: skipped", RuntimeWarning, stacklevel=4)
-            skipped = {id(p) for p in bad}
-            params[:] = [p for p in params if id(p) not in skipped]
+            if bad:
+                skipped = {id(p) for p in bad}
+                params[:] = [p for p in params if id(p) not in skipped]
 
     def _check_matrices(self, group: dict[str, Any]) -> None:
         """Refuse parameters that are no matrices."""
-        check_choice(group, "view", ("flatten", "batch", "transpose"))
-        needed = {"flatten": 2, "batch": 3, "transpose": 2}[group["view"]]
+        check_choice(group, "view", VIEWS)
         for parameter in group["params"]:
-            name, shape = self._name(group, parameter), tuple(parameter.shape)
-            if parameter.is_complex() or not parameter.is_floating_point():
-                raise ValueError(f"{name} must be real floating point, got {parameter.dtype}")
-            if parameter.ndim < needed or (parameter.ndim > needed and group["view"] != "flatten"):
-                raise ValueError(
-                    f"{name} has shape {shape}, which is no matrix (view={group['view']!r}). Put "
-                    "it in a group with rule='elementwise'; split_parameters(model) makes such "
-                    "groups"
-                )
-            if group["view"] == "flatten" and not _flattens(parameter):
-                raise ValueError(
-                    f"{name} has strides {parameter.stride()} for shape {shape}, which cannot be "
-                    "seen as a matrix without a copy; make it contiguous first"
-                )
-            if group["view"] != "batch":
-                block_sizes(name, shape[-1 if group["view"] == "transpose" else 0], group["blocks"])
+            check_matrix(group, parameter, self._name(group, parameter))
 
     def _settle_names(self, group: dict[str, Any]) -> None:
         """Let empty groups stand beside groups with names and beside groups without."""
@@ -403,65 +434,3 @@ class MatrixOptimizer(torch.optim.Optimizer):
             return f"parameter {names[index]!r}"
         number = next((i for i, g in enumerate(self.param_groups) if g is group), 0)
         return f"parameter {index} of group {number}"
-
-
-def gradient(parameter: Tensor) -> Tensor:
-    """The gradient of a parameter that has one."""
-    assert parameter.grad is not None  # noqa: S101 - only for the type checker
-    return parameter.grad
-
-
-def apply_update(
-    params: list[Tensor], direction: Tensor, factor: Tensor | list[float] | float, decay: float
-) -> None:
-    """p ← decay·p − factor ∘ direction for each p, with one rounding for low-precision parameters.
-
-    Args:
-        params: k matrices (R, C).
-        direction: (k, R, C), of any floating dtype.
-        factor: A number, one number per matrix, or a tensor that broadcasts against ``direction``,
-            one entry per matrix.
-        decay: 1 − lr·weight_decay.
-    """
-    factors = factor if isinstance(factor, Tensor | list) else [factor] * len(params)
-    for i, parameter in enumerate(params):  # one after the other: each stays in the cache
-        target = parameter.float() if parameter.dtype in _LOW_PRECISION else parameter
-        if decay != 1.0:
-            target.mul_(decay)
-        own = factors[i]
-        if isinstance(own, Tensor):
-            target.addcmul_(own, direction[i], value=-1)
-        else:
-            target.add_(direction[i], alpha=-own)
-        if target is not parameter:
-            parameter.copy_(target)
-
-
-def _sizes(group: dict[str, Any], parameter: Tensor) -> list[tuple[int, int]]:
-    """(R, C) of every matrix that the parameter holds."""
-    if group["view"] == "batch":
-        count, rows, cols = parameter.shape
-        return [(rows, cols)] * count
-    if group["view"] == "transpose":
-        cols, rows = parameter.shape
-    else:
-        rows = parameter.shape[0]
-        cols = parameter.numel() // rows
-    return [(r, cols) for r in block_sizes("parameter", rows, group["blocks"])]
-
-
-def _flattens(parameter: Tensor) -> bool:
-    """Whether (out, rest) is a view: an update of a copy would be lost."""
-    if parameter.ndim == 2 or not parameter.numel():
-        return True
-    rows = parameter.detach().permute(dimension_order(parameter))
-    return rows.flatten(1).data_ptr() == rows.data_ptr()
-
-
-def _all_finite(params: list[Tensor]) -> bool:
-    """Whether all gradients are finite, by one reduction and one look at the result."""
-    norms = torch._foreach_norm([gradient(p) for p in params])
-    device = norms[0].device
-    total = torch.stack([n.to(device, torch.float32) for n in norms]).sum()
-    # A sum of squares may overflow without any Inf: the caller then looks at each gradient.
-    return math.isfinite(float(total))

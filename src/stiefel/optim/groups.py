@@ -206,7 +206,7 @@ def _is_hidden_matrix(module: nn.Module, own: str, parameter: Tensor) -> bool:
         return False
     if isinstance(module, _CONVOLUTIONS + _TRANSPOSED):
         rows = parameter.shape[0] // module.groups
-        if own != "weight" or min(rows, parameter[0].numel()) == 1:
+        if own != "weight" or min(rows, parameter.numel() // parameter.shape[0]) == 1:
             return False
         if isinstance(module, _TRANSPOSED):  # stored (in, out, ...): rows are input channels here
             return module.groups == 1

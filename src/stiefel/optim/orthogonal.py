@@ -35,6 +35,11 @@ class OrthogonalOptimizer(MatrixOptimizer):
         """Added to the momentum's norm; None takes what the coefficients were published with."""
         return None
 
+    def _flops(self, group: dict[str, Any], rows: int, cols: int) -> float:
+        short, long = min(rows, cols), max(rows, cols)
+        steps = self._rule(group, rows, cols).steps
+        return steps * (4.0 * short**2 * long + 2.0 * short**3) + 10.0 * rows * cols
+
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         self._check_polynomial(group)

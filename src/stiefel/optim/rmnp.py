@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stiefel.linalg.polar import polar, safe_norm
-from stiefel.optim.base import _LOW_PRECISION, Batch, MatrixOptimizer
+from stiefel.optim.base import MatrixOptimizer
+from stiefel.optim.batch import LOW_PRECISION, Batch
+from stiefel.optim.distributed.shards import Shard, splits_rows
 from stiefel.optim.settings import adamw_defaults, check_at_least_zero, check_choice, check_fraction
 
 
@@ -100,20 +103,68 @@ class RMNP(MatrixOptimizer):
         check_at_least_zero(group, "eps")
         check_choice(group, "scale", ("spectral", "rms", None))
 
-    def _update(self, group: dict[str, Any], batch: Batch) -> None:
-        rows, cols = batch.shape
-        first = batch.params[0]
-        lr, decay = float(group["lr"]), 1 - float(group["lr"]) * group["weight_decay"]
-        factor = (
-            lr
+    _sends = "nothing"
+
+    def _size_rule(self, group: dict[str, Any], rows: int, cols: int) -> float:
+        """Norm of a row of the update."""
+        return (
+            float(group["lr"])
             * {
                 "spectral": max(1.0, rows / cols) ** 0.5,
                 "rms": 0.2 * cols**0.5,
                 None: 1.0,
             }[group["scale"]]
         )
+
+    def _update_shards(
+        self,
+        group: dict[str, Any],
+        shards: Sequence[Shard],
+        total: Callable[[list[Tensor]], list[Tensor]],
+    ) -> None:
+        """Whole rows need nobody; of split ones the sums of squares are added up over ranks."""
+        ahead, split, sums = [], [splits_rows(shard.entry) for shard in shards], []
+        for shard, parted in zip(shards, split, strict=True):
+            g, m = shard.grad, shard.momentum
+            m.lerp_(g, 1 - group["momentum"])
+            u = torch.lerp(g, m, group["momentum"]) if group["nesterov"] else m
+            ahead.append(u)
+            if parted:
+                # In float64 no square leaves the range.
+                squares = u.new_zeros(shard.size[0], dtype=torch.float64)
+                if shard.counts and u.numel():
+                    norm = torch.linalg.vector_norm(u.flatten(1), dim=1, dtype=torch.float64)
+                    squares[shard.first_row : shard.first_row + len(u)] = norm.square()
+                sums.append(squares)
+        found = iter(total(sums))
+        smallest = group["eps"] if group["eps"] > 0 else torch.finfo(torch.float32).tiny
+        decay = 1 - float(group["lr"]) * group["weight_decay"]
+        for shard, u, parted in zip(shards, ahead, split, strict=True):
+            squares = next(found) if parted else None
+            if not u.numel():
+                continue
+            if squares is None:
+                norm = _row_norms(u.flatten(1), group["eps"])
+            else:
+                mine = squares[shard.first_row : shard.first_row + len(u)]
+                norm = mine.sqrt().clamp_min(smallest)
+                norm = norm if u.dtype == torch.float64 else norm.to(torch.float32)
+            p = shard.param
+            target = p.float() if p.dtype in LOW_PRECISION else p
+            if decay != 1.0:
+                target.mul_(decay)
+            norm = norm.view(-1, *[1] * (u.ndim - 1))
+            target.addcdiv_(u, norm, value=-self._size_rule(group, *shard.size))
+            if target is not p:
+                p.copy_(target)
+
+    def _update(self, group: dict[str, Any], batch: Batch) -> None:
+        rows, cols = batch.shape
+        first = batch.params[0]
+        decay = 1 - float(group["lr"]) * group["weight_decay"]
+        factor = self._size_rule(group, rows, cols)
         ahead = self._space.take("u", (rows, cols), first.dtype, first.device)
-        low = first.dtype in _LOW_PRECISION
+        low = first.dtype in LOW_PRECISION
         for p, g, m in zip(batch.params, batch.grads, batch.momenta, strict=True):
             m.lerp_(g, 1 - group["momentum"])
             u = torch.lerp(g, m, group["momentum"], out=ahead) if group["nesterov"] else m

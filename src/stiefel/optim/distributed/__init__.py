@@ -1,0 +1,1 @@
+"""Matrix optimizers on parameters that several ranks hold."""

@@ -109,9 +109,7 @@ def cost(
         else:
             seconds, largest = _local(lane, ranks, pieces, lambda e: machine.update(name, e))
             local += seconds
-            # Momenta a step ahead are kept for all shards until their sums are known.
-            ahead = matrix if any(g.get("nesterov") for g in optimizer.param_groups) else 0.0
-            scratch = np.maximum(scratch, np.maximum(ahead, method.workspace * item * largest))
+            scratch = np.maximum(scratch, method.workspace * item * largest)
 
     def run(*, overlap: bool) -> Clock:
         clock = Clock(machine, ranks)

@@ -21,6 +21,8 @@ class Round:
     messages: Array
     """Of the gather: to owners and from holders."""
     back_send: Array
+    back_packed: Array
+    """What of it lies in the buffer."""
     back_receive: Array
     back_messages: Array
     held: Array
@@ -57,7 +59,7 @@ def make_round(
     *,
     gathers: bool,
 ) -> Round:
-    made = Round(*(np.zeros(world) for _ in range(12)))
+    made = Round(*(np.zeros(world) for _ in range(13)))
     for owner, entries in enumerate(owners):
         if not entries:
             continue
@@ -74,6 +76,8 @@ def make_round(
                 made.kernels += present
                 made.kernels[owner] += present.sum()
             made.back_send[owner] += others.sum()
+            # To replicas everywhere one copy goes out by broadcast.
+            made.back_packed[owner] += others.sum() if gathers else others.max()
             made.back_receive += others
             made.back_kernels += SCATTER_KERNELS * present
             made.back_kernels[owner] += present.sum() + SCATTER_KERNELS
@@ -150,8 +154,8 @@ def run_rounds(clock: Clock, rounds: Sequence[Round], *, overlap: bool) -> None:
             + r.seconds
         )
         clock.compute(
-            machine.passes(PACK, r.back_send)
-            + machine.fresh(r.back_send + r.back_receive)
+            machine.passes(PACK, r.back_packed)
+            + machine.fresh(r.back_packed + r.back_receive)
             + launch * r.back_kernels / 2
         )
         away = clock.launch(r.back_messages, r.back_send, r.back_receive, wait=not overlap)
@@ -175,8 +179,8 @@ def scratch_bytes(rounds: Sequence[Round], workspace: float) -> Array:
         if k + 1 < len(rounds):
             held += rounds[k + 1].send + rounds[k + 1].receive
         if k:
-            held += rounds[k - 1].back_send + rounds[k - 1].back_receive
+            held += rounds[k - 1].back_packed + rounds[k - 1].back_receive
         working = 2 * r.held + workspace * r.largest
-        leaving = r.held + r.back_send + r.back_receive
+        leaving = r.held + r.back_packed + r.back_receive
         most = np.maximum(most, held + np.maximum(working, leaving))
     return most

@@ -22,7 +22,15 @@ from rich.table import Table as RichTable
 from run import in_turn, peak_bytes
 from torch import Tensor, nn
 
-from stiefel.nn import S4D, S4DBlock, s4d_init, vandermonde_kernel
+from stiefel.nn import (
+    S4D,
+    OrthogonalConv2d,
+    S4DBlock,
+    conv_singular_values,
+    lorth,
+    s4d_init,
+    vandermonde_kernel,
+)
 
 
 def row(what: str, ours: float, peer: float, ratio: float, bound: str, unit: str = "ms") -> dict:
@@ -165,13 +173,138 @@ def s4d_mambapy(rounds: int) -> list[dict]:
     return found
 
 
+def conv_spectrum(rounds: int) -> list[dict]:
+    """FFT singular values against a dense SVD; at 65,536² that is out of reach, so scaled by n³."""
+    generator = torch.Generator().manual_seed(0)
+    kernels = {c: torch.randn(c, c, 3, 3, generator=generator) / (3 * c**0.5) for c in (16, 32, 64)}
+    tasks: dict[str, Callable[[], object]] = {"64": lambda: conv_singular_values(kernels[64], 32)}
+    for c in (16, 32):
+        unit = torch.eye(64 * c).reshape(-1, c, 8, 8)
+        padded = nn.functional.pad(unit, (1, 1, 1, 1), mode="circular")
+        matrix = nn.functional.conv2d(padded, kernels[c]).flatten(1)
+        tasks[f"{c}"] = lambda c=c: conv_singular_values(kernels[c], 8)
+        tasks[f"dense {c}"] = lambda matrix=matrix: torch.linalg.svdvals(matrix)
+    seconds = in_turn(tasks, rounds)
+    found = [
+        speed(
+            f"singular values, {c}→{c}, k = 3, 8 × 8 / dense SVD of {64 * c}²",
+            {"ours": seconds[f"{c}"], "peer": seconds[f"dense {c}"]},
+            f"≥ {bound}",
+        )
+        for c, bound in ((16, 100), (32, 50))
+    ]
+    scaled = seconds["dense 32"] * (65_536 / 2_048) ** 3
+    found.append(
+        speed(
+            "singular values, 64→64, k = 3, 32 × 32 / dense SVD of 2,048² times 32³",
+            {"ours": seconds["64"], "peer": scaled},
+            "≥ 50",
+        )
+    )
+    return found
+
+
+def conv_penalty(rounds: int) -> list[dict]:
+    """L_orth against the convolution itself on a batch of 32, and the choice of the side."""
+    torch.manual_seed(0)
+    found, batch = [], torch.randn(32, 64, 32, 32)
+    with torch.no_grad():
+        conv = nn.Conv2d(64, 64, 3, padding=1)
+        seconds = in_turn({"ours": lambda: lorth(conv.weight), "peer": lambda: conv(batch)}, rounds)
+    ours, peer = (1e3 * seconds[n] for n in ("ours", "peer"))
+    found.append(
+        row("L_orth, 64→64, k = 3, forward / its convolution", ours, peer, ours / peer, "≤ 1.5")
+    )
+    conv = nn.Conv2d(64, 128, 3, padding=1)
+    tasks = {
+        "ours": lambda: lorth(conv.weight).backward(),
+        "peer": lambda: squares(conv(batch)),
+    }
+    seconds = in_turn(tasks, rounds)
+    ours, peer = (1e3 * seconds[n] for n in ("ours", "peer"))
+    found.append(
+        row("its training step, 64→128 / the layer's, batch 32", ours, peer, ours / peer, "≤ 0.1")
+    )
+    kernel = (torch.randn(512, 64, 3, 3) / 24).requires_grad_()
+
+    def definition() -> None:
+        a = nn.functional.conv2d(kernel, kernel, padding=2)
+        (a.square().sum() - 2 * kernel.square().sum() + 64).backward()
+
+    tasks = {"ours": lambda: lorth(kernel).backward(), "peer": definition}
+    what = "L_orth, 64→512, forward and backward / conv2d(K, K) on 512"
+    found.append(speed(what, in_turn(tasks, rounds), "≥ 4"))
+    return found
+
+
+def orthogonal_layers(rounds: int) -> list[dict]:
+    """Training steps of orthogonal layers: same shapes, batch, optimizer; errors in float64.
+
+    deel-torchlip's layer is 1-Lipschitz, not orthogonal: no setting of it reaches equal errors, so
+    its time is shown without a bound.
+    """
+    peers: dict[str, Callable[..., nn.Module]] = {}
+    if importlib.util.find_spec("orthogonium"):
+        from orthogonium.layers.conv.AOC.ortho_conv import AdaptiveOrthoConv2d
+
+        peers["orthogonium"] = lambda c, m, s: AdaptiveOrthoConv2d(c, m, 3, s, padding=1)
+    if importlib.util.find_spec("deel"):
+        from deel.torchlip import SpectralConv2d
+
+        peers["deel-torchlip"] = lambda c, m, s: SpectralConv2d(
+            c, m, 3, s, padding=1, padding_mode="circular"
+        )
+    found = []
+    for c, m, s, n, batch in ((16, 32, 1, 16, 16), (64, 64, 1, 16, 16), (64, 128, 2, 16, 16)):
+        torch.manual_seed(0)
+        layers = {"ours": OrthogonalConv2d(c, m, 3, s)}
+        layers |= {name: make(c, m, s) for name, make in peers.items()}
+        x = torch.randn(batch, c, n, n)
+        tasks = {name: _training_step(layer, x) for name, layer in layers.items()}
+        for task in tasks.values():
+            task()
+        seconds = in_turn(tasks, max(rounds, 15))
+        errors = {}
+        for name, layer in layers.items():
+            with torch.no_grad():
+                values = conv_singular_values(layer.weight.double(), 8, s)
+            errors[name] = float((values - 1).abs().max())
+        shape = f"{c}→{m}, k = 3, S = {s}, {n} × {n}, batch {batch}"
+        for peer in peers:
+            equal = peer == "orthogonium"
+            pair = {"ours": seconds["ours"], "peer": seconds[peer]}
+            what = f"orthogonal layer, {shape} / {peer}" + ("" if equal else " (no bound)")
+            found.append(speed(what, pair, "≥ 1" if equal else "≥ 0"))
+            ours, theirs = errors["ours"], errors[peer]
+            found.append(row("its max |σ − 1|", ours, theirs, ours / theirs, "≤ 1.5", "abs"))
+    return found
+
+
+def _training_step(layer: nn.Module, x: Tensor) -> Callable[[], None]:
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        layer(x).square().mean().backward()
+        optimizer.step()
+
+    return step
+
+
 SECTIONS: dict[str, Callable[[int], list[dict]]] = {
     "s4d_kernel": s4d_kernel,
     "s4d_block": s4d_block,
     "s4d_step": s4d_step,
     "s4d_mambapy": s4d_mambapy,
+    "conv_spectrum": conv_spectrum,
+    "conv_penalty": conv_penalty,
+    "orthogonal_layers": orthogonal_layers,
 }
-PEERS = {"mambapy": "pip install --no-deps mambapy"}
+PEERS = {
+    "mambapy": "pip install --no-deps mambapy",
+    "orthogonium": "pip install --no-deps orthogonium",
+    "deel": "pip install --no-deps deel-torchlip",
+}
 
 
 def main() -> None:

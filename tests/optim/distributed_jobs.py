@@ -47,6 +47,7 @@ def layouts(world):
         "fsdp x tp columns": (square, (Shard(0), Shard(1))),
         "fsdp x tp rows": (square, (_StridedShard(0, split_factor=2), Shard(0))),
         "hsdp": (square, (Replicate(), Shard(0))),
+        "replicated": (square, (Replicate(), Replicate())),
         "tp rows alone": (square["inner"], (Shard(0),)),
         "tp columns alone": (square["inner"], (Shard(1),)),
     }
@@ -243,11 +244,12 @@ class Counter:
 
     def counted(self, name, function):
         def call(*args, **kwargs):
-            size = args[0].numel() * args[0].element_size() if name == "all_reduce" else 0
-            if name == "all_to_all_single":
-                size = args[1].numel() * args[1].element_size()
-            if name == "all_gather":
-                size = args[1].numel() * args[1].element_size()
+            place = {"all_to_all_single": 1, "all_gather": 1, "all_reduce": 0, "broadcast": 0}
+            tensor = args[place[name]] if name in place else torch.empty(0)
+            size = tensor.numel() * tensor.element_size()
+            if name == "broadcast":  # the source's, once to every other rank
+                peers = dist.get_world_size(kwargs.get("group")) - 1
+                size *= peers if args[1] == dist.get_rank() else 0
             self.bytes[name] = self.bytes.get(name, 0) + size
             return function(*args, **kwargs)
 

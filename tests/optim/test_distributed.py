@@ -11,7 +11,7 @@ TOLERANCE = 1e-6  # of a parameter's largest entry
 
 @pytest.mark.parametrize(
     ("world", "layouts", "rows"),
-    [(2, 3, slice(None)), (4, 6, slice(0, None, 2)), (4, 6, slice(1, None, 2))],
+    [(2, 3, slice(None)), (4, 7, slice(0, None, 2)), (4, 7, slice(1, None, 2))],
     ids=["2", "4-even", "4-odd"],
 )
 def test_every_method_in_every_layout_equals_one_process(world, layouts, rows, tmp_path):

@@ -16,7 +16,7 @@ from stiefel.linalg.polar import frobenius_norm
 from stiefel.linalg.schulz import normalize_into
 from stiefel.optim.base import MatrixOptimizer
 from stiefel.optim.batch import LOW_PRECISION, Batch
-from stiefel.optim.distributed.shards import Shard, is_split
+from stiefel.optim.distributed.shards import Shard
 from stiefel.optim.orthogonal import OrthogonalOptimizer
 from stiefel.optim.settings import adamw_defaults, check_choice, check_fraction, scale_factor
 
@@ -182,38 +182,53 @@ class AuON(MatrixOptimizer):
         total: Callable[[list[Tensor]], list[Tensor]],
     ) -> None:
         """Two numbers of a split matrix are added up over ranks: Σ U² and Σ sinh²(γ U/‖U‖_F)."""
-        ahead = []
+        gamma, sums, waves = group["gamma"], [], []
+        parted = [shard for shard in shards if shard.entry.is_split]
         for shard in shards:
-            g, m = shard.grad, shard.momentum
-            m.lerp_(g, 1 - group["momentum"])
-            u = torch.lerp(g, m, group["momentum"]) if group["nesterov"] else m
-            ahead.append(u)
-        split = [is_split(shard.entry) for shard in shards]
-        norms = _totals(shards, split, [_square_sum(u) for u in ahead], total)
-        norms = [n.sqrt() for n in norms]
-        waves = [_wave_sum(u, group["gamma"], n) for u, n in zip(ahead, norms, strict=True)]
-        waves = _totals(shards, split, waves, total)
-        lr = float(group["lr"])
+            shard.momentum.lerp_(shard.grad, 1 - group["momentum"])
+            if not shard.entry.is_split:
+                u = self._ahead(group, shard)
+                norm = _square_sum(u).sqrt()
+                self._apply_shard(group, shard, u, norm, _wave_sum(u, gamma, norm))
+            else:  # each copy counts once
+                u = self._ahead(group, shard)
+                sums.append(
+                    _square_sum(u) if shard.counts else u.new_zeros((), dtype=torch.float64)
+                )
+        norms = [value.sqrt() for value in total(sums)]
+        for shard, norm in zip(parted, norms, strict=True):
+            part = self._ahead(group, shard) if shard.counts else shard.momentum[:0]
+            waves.append(_wave_sum(part, gamma, norm))
+        for shard, norm, wave in zip(parted, norms, total(waves), strict=True):
+            self._apply_shard(group, shard, self._ahead(group, shard), norm, wave)
+
+    def _ahead(self, group: dict[str, Any], shard: Shard) -> Tensor:
+        """U. Made again where it is needed twice: kept, it would be a copy of all momenta."""
+        m = shard.momentum
+        return torch.lerp(shard.grad, m, group["momentum"]) if group["nesterov"] else m
+
+    def _apply_shard(
+        self, group: dict[str, Any], shard: Shard, u: Tensor, norm: Tensor, wave: Tensor
+    ) -> None:
+        """Update a part, given ‖U‖_F and the sum of waves of its whole matrix."""
+        if not u.numel():
+            return
+        lr, p = float(group["lr"]), shard.param
+        rows, cols = shard.size
+        factor = lr / ((1 + wave / (rows * cols)).sqrt() + _EPS)
+        if group["variant"] == "paper":
+            factor = scale_factor("spectral", rows, cols) * factor / norm
+        factor = torch.where(norm > 0, factor, torch.where(norm == 0, 0.0, norm))
+        target = p.float() if p.dtype in LOW_PRECISION else p
         decay = 1 - lr * group["weight_decay"]
-        for shard, u, norm, wave in zip(shards, ahead, norms, waves, strict=True):
-            if not u.numel():
-                continue
-            rows, cols = shard.size
-            r = (1 + wave / (rows * cols)).sqrt() + _EPS
-            factor = lr / r
-            if group["variant"] == "paper":
-                factor = scale_factor("spectral", rows, cols) * factor / norm
-            factor = torch.where(norm > 0, factor, torch.where(norm == 0, 0.0, norm))
-            p = shard.param
-            target = p.float() if p.dtype in LOW_PRECISION else p
-            if decay != 1.0:
-                target.mul_(decay)
-            if u.device.type == "cpu":
-                _subtract(target, u, float(factor))
-            else:
-                target.sub_((u * factor).to(target.dtype))
-            if target is not p:
-                p.copy_(target)
+        if decay != 1.0:
+            target.mul_(decay)
+        if u.device.type == "cpu":
+            _subtract(target, u, float(factor))
+        else:
+            target.sub_((u * factor).to(target.dtype))
+        if target is not p:
+            p.copy_(target)
 
     def _update(self, group: dict[str, Any], batch: Batch) -> None:
         first, lr = batch.params[0], float(group["lr"])
@@ -252,22 +267,6 @@ def _wave_sum(u: Tensor, gamma: float, norm: Tensor) -> Tensor:
         if float(energy) / u.numel() * _beyond_square(float(largest)) <= _SERIES_ERROR:
             return energy
     return torch.stack([(row.double() * t).sinh().square().sum() for row in u.split(256)]).sum()
-
-
-def _totals(
-    shards: Sequence[Shard],
-    split: Sequence[bool],
-    values: Sequence[Tensor],
-    total: Callable[[list[Tensor]], list[Tensor]],
-) -> list[Tensor]:
-    """Sums over ranks for split matrices, their own values for others; each copy counts once."""
-    mine = [
-        v if shard.counts else torch.zeros_like(v)
-        for shard, v, parted in zip(shards, values, split, strict=True)
-        if parted
-    ]
-    found = iter(total(mine))
-    return [next(found) if parted else v for v, parted in zip(values, split, strict=True)]
 
 
 def _divisor(group: dict[str, Any], u: Tensor) -> float:

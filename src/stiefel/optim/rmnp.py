@@ -12,7 +12,7 @@ from torch import Tensor
 from stiefel.linalg.polar import polar, safe_norm
 from stiefel.optim.base import MatrixOptimizer
 from stiefel.optim.batch import LOW_PRECISION, Batch
-from stiefel.optim.distributed.shards import Shard, splits_rows
+from stiefel.optim.distributed.shards import Shard
 from stiefel.optim.settings import adamw_defaults, check_at_least_zero, check_choice, check_fraction
 
 
@@ -123,40 +123,50 @@ class RMNP(MatrixOptimizer):
         total: Callable[[list[Tensor]], list[Tensor]],
     ) -> None:
         """Whole rows need nobody; of split ones the sums of squares are added up over ranks."""
-        ahead, split, sums = [], [splits_rows(shard.entry) for shard in shards], []
-        for shard, parted in zip(shards, split, strict=True):
-            g, m = shard.grad, shard.momentum
-            m.lerp_(g, 1 - group["momentum"])
-            u = torch.lerp(g, m, group["momentum"]) if group["nesterov"] else m
-            ahead.append(u)
-            if parted:
-                # In float64 no square leaves the range.
-                squares = u.new_zeros(shard.size[0], dtype=torch.float64)
-                if shard.counts and u.numel():
-                    norm = torch.linalg.vector_norm(u.flatten(1), dim=1, dtype=torch.float64)
-                    squares[shard.first_row : shard.first_row + len(u)] = norm.square()
-                sums.append(squares)
-        found = iter(total(sums))
-        smallest = group["eps"] if group["eps"] > 0 else torch.finfo(torch.float32).tiny
-        decay = 1 - float(group["lr"]) * group["weight_decay"]
-        for shard, u, parted in zip(shards, ahead, split, strict=True):
-            squares = next(found) if parted else None
-            if not u.numel():
+        sums = []
+        for shard in shards:
+            shard.momentum.lerp_(shard.grad, 1 - group["momentum"])
+            if not shard.entry.splits_rows:
+                self._apply_shard(group, shard, None)
                 continue
-            if squares is None:
-                norm = _row_norms(u.flatten(1), group["eps"])
-            else:
-                mine = squares[shard.first_row : shard.first_row + len(u)]
-                norm = mine.sqrt().clamp_min(smallest)
-                norm = norm if u.dtype == torch.float64 else norm.to(torch.float32)
-            p = shard.param
-            target = p.float() if p.dtype in LOW_PRECISION else p
-            if decay != 1.0:
-                target.mul_(decay)
-            norm = norm.view(-1, *[1] * (u.ndim - 1))
-            target.addcdiv_(u, norm, value=-self._size_rule(group, *shard.size))
-            if target is not p:
-                p.copy_(target)
+            squares = shard.param.new_zeros(shard.size[0], dtype=torch.float64)
+            if shard.counts and shard.param.numel():
+                # In float64 no square leaves the range.
+                u = self._ahead(group, shard).flatten(1)
+                norm = torch.linalg.vector_norm(u, dim=1, dtype=torch.float64)
+                squares[shard.first_row : shard.first_row + len(u)] = norm.square()
+            sums.append(squares)
+        found = iter(total(sums))
+        for shard in shards:
+            if shard.entry.splits_rows:
+                self._apply_shard(group, shard, next(found))
+
+    def _ahead(self, group: dict[str, Any], shard: Shard) -> Tensor:
+        """U. Made again where it is needed twice: kept, it would be a copy of all momenta."""
+        m = shard.momentum
+        return torch.lerp(shard.grad, m, group["momentum"]) if group["nesterov"] else m
+
+    def _apply_shard(self, group: dict[str, Any], shard: Shard, squares: Tensor | None) -> None:
+        """Update a part, given the sums of squares of its matrix's rows where they are split."""
+        p = shard.param
+        if not p.numel():
+            return
+        u = self._ahead(group, shard)
+        if squares is None:
+            norm = _row_norms(u.flatten(1), group["eps"])
+        else:
+            smallest = group["eps"] if group["eps"] > 0 else torch.finfo(torch.float32).tiny
+            mine = squares[shard.first_row : shard.first_row + len(u)]
+            norm = mine.sqrt().clamp_min(smallest)
+            norm = norm if u.dtype == torch.float64 else norm.to(torch.float32)
+        target = p.float() if p.dtype in LOW_PRECISION else p
+        decay = 1 - float(group["lr"]) * group["weight_decay"]
+        if decay != 1.0:
+            target.mul_(decay)
+        norm = norm.view(-1, *[1] * (u.ndim - 1))
+        target.addcdiv_(u, norm, value=-self._size_rule(group, *shard.size))
+        if target is not p:
+            p.copy_(target)
 
     def _update(self, group: dict[str, Any], batch: Batch) -> None:
         rows, cols = batch.shape

@@ -98,14 +98,14 @@ class Flight:
     """What comes from every rank."""
     flagged: bool
     """Whether the last number of a segment says that its sender has failed."""
-    work: Any
+    works: Sequence[Any]
     sent: Tensor
     """Kept alive until it has gone out."""
 
     def land(self) -> list[tuple[Item, Tensor]]:
         """Wait; returns every piece with its numbers."""
-        if self.work is not None:
-            self.work.wait()
+        for work in self.works:
+            work.wait()
         found = []
         for items, segment in zip(self.message.incoming, self.segments, strict=True):
             place = 0
@@ -158,10 +158,42 @@ def launch(
         word = 1.0 if flag() else 0.0
         for segment in segments:
             segment[-1:] = word  # of one's own segment, which is empty, nothing
-    work = None
+    works = []
     if lane.world > 1 and not silent:
         work = dist.all_to_all_single(into, out, receive, send, group=lane.group, async_op=True)
-    return Flight(message, list(into.split(receive)), flag is not None, work, out)
+        works.append(work)
+    return Flight(message, list(into.split(receive)), flag is not None, works, out)
+
+
+def launch_copies(
+    lane: Lane,
+    message: Message,
+    fill: Callable[[Item, Tensor], None],
+    *,
+    flag: Callable[[], bool] | None = None,
+) -> Flight:
+    """As :func:`launch`, where every rank sends the same to all others: one broadcast each.
+
+    In an all-to-all an owner would hold as many copies of its updates as there are ranks.
+    """
+    extra = 1 if flag is not None else 0
+    other = (lane.me + 1) % lane.world
+    sizes = [count + extra for count in message.splits[1]]
+    sizes[lane.me] = sum(i.piece.numel for i in message.outgoing[other]) + extra
+    buffers = [torch.empty(n, dtype=lane.dtype, device=lane.device) for n in sizes]
+    out, place = buffers[lane.me], 0
+    for item in message.outgoing[other]:
+        fill(item, out[place : place + item.piece.numel].view(item.piece.shape))
+        place += item.piece.numel
+    if flag is not None:
+        out[-1:] = 1.0 if flag() else 0.0
+    works = [
+        dist.broadcast(buffer, source, group=lane.group, async_op=True)
+        for source, buffer in zip(lane.ranks, buffers, strict=True)
+        if len(buffer)
+    ]
+    buffers[lane.me] = out[:0]
+    return Flight(message, buffers, flag is not None, works, out)
 
 
 def sum_over(lane: Lane, values: list[Tensor]) -> list[Tensor]:

@@ -17,6 +17,7 @@ from stiefel.optim.distributed.exchange import (
     Lane,
     Round,
     launch,
+    launch_copies,
     raise_together,
     schedule,
 )
@@ -73,6 +74,7 @@ class Pipeline:
         }
         rounds = self._rounds(lane, entries)
         silent = all(e.layout.everywhere for e in entries)  # owners have it all
+        send_back = launch_copies if silent and lane.world > 1 else launch
 
         def fill(item: Item, out: Tensor) -> None:
             if failures:
@@ -95,7 +97,7 @@ class Pipeline:
                 failures.append(error)
             inputs.clear()
             flag = None if following else lambda: bool(failures)
-            flight = launch(lane, current.scatter, _from(current.mine, updates), flag=flag)
+            flight = send_back(lane, current.scatter, _from(current.mine, updates), flag=flag)
             for entry, update in zip(current.mine, updates, strict=True):
                 piece = entry.piece_of(lane.me)
                 _apply(Item(entry, piece), entry.matrix.unfold(update)[piece.inside], decays)

@@ -21,7 +21,6 @@ from stiefel.optim.distributed.geometry import (
     mesh_ranks,
 )
 from stiefel.optim.distributed.planner import Entry, assign
-from stiefel.optim.distributed.shards import is_split, splits_rows
 
 
 def make_entries(
@@ -50,7 +49,7 @@ def make_entries(
 
 def needs_sums(optimizer: MatrixOptimizer, entry: Entry) -> bool:
     """Whether a method that sends nothing must sum over ranks for a matrix."""
-    return is_split(entry) if optimizer._needs_whole_sums else splits_rows(entry)
+    return entry.is_split if optimizer._needs_whole_sums else entry.splits_rows
 
 
 def needs_messages(optimizer: MatrixOptimizer, entry: Entry) -> bool:

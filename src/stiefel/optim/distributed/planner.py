@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from stiefel.optim.distributed.geometry import Layout, Matrix, piece
@@ -42,6 +43,25 @@ class Entry:
     def piece_of(self, rank: int) -> Any:
         """What a rank holds of it."""
         return piece(self.matrix.region, self.layout.boxes[rank])
+
+    @property
+    def row_dimension(self) -> int:
+        """The parameter's dimension that is the matrix's rows."""
+        return 1 if self.matrix.transposed or self.matrix.batched else 0
+
+    @cached_property
+    def splits_rows(self) -> bool:
+        """Whether any rank holds a part of a row."""
+        pieces = map(self.piece_of, range(len(self.layout.boxes)))
+        return any(
+            p.numel != p.shape[self.row_dimension] * self.matrix.cols for p in pieces if p.numel
+        )
+
+    @cached_property
+    def is_split(self) -> bool:
+        """Whether any rank holds a part of the matrix, rather than all or nothing."""
+        counts = {self.piece_of(rank).numel for rank in range(len(self.layout.boxes))}
+        return not counts <= {0, self.numel}
 
     def sends(self, rank: int) -> bool:
         """Whether the owner gets this rank's piece, rather than that of another copy."""

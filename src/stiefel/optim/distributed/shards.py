@@ -26,7 +26,7 @@ class Shard:
     def of(cls, entry: Entry, rank: int, param: Tensor, grad: Tensor, momentum: Tensor) -> Shard:
         """The part that ``rank`` holds, of a parameter's own local tensors."""
         piece = entry.piece_of(rank)
-        dim = _row_dimension(entry)
+        dim = entry.row_dimension
 
         def rows_first(tensor: Tensor) -> Tensor:
             part = tensor[piece.local]
@@ -49,24 +49,3 @@ class Shard:
     def size(self) -> tuple[int, int]:
         """(R, C) of the whole matrix."""
         return self.entry.matrix.rows, self.entry.matrix.cols
-
-
-def _row_dimension(entry: Entry) -> int:
-    """The parameter's dimension that is the matrix's rows."""
-    return 1 if entry.matrix.transposed or entry.matrix.batched else 0
-
-
-def splits_rows(entry: Entry) -> bool:
-    """Whether any rank holds a part of a row."""
-    dim = _row_dimension(entry)
-    for rank in range(len(entry.layout.boxes)):
-        piece = entry.piece_of(rank)
-        if piece.numel and piece.numel != piece.shape[dim] * entry.matrix.cols:
-            return True
-    return False
-
-
-def is_split(entry: Entry) -> bool:
-    """Whether any rank holds a part of the matrix, rather than all or nothing."""
-    counts = {entry.piece_of(rank).numel for rank in range(len(entry.layout.boxes))}
-    return not counts <= {0, entry.numel}

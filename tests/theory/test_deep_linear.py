@@ -472,3 +472,100 @@ def test_other_bad_times():
         max_stable_lr(1.0, math.inf)
     with pytest.raises(ValueError, match="s_max must be > 0"):
         optimal_lr(0.0, 2)
+
+
+# --- fast paths against the slow twin ------------------------------------------------------------
+
+
+def twin(t, s, u0):
+    """Two layers, one value at a time in extended precision: no blocks, grids or tables."""
+    t, s, u0 = (np.asarray(x, dtype=np.longdouble) for x in (t, s, u0))
+    x = np.exp(-2 * s[:, None] * t)
+    undriven = s == 0
+    s = np.where(undriven, np.longdouble(1), s)
+    pull = np.where(undriven[:, None], 2 * t, -np.expm1(-2 * s[:, None] * t) / s[:, None])
+    x = np.where(undriven[:, None], np.longdouble(1), x)
+    started = np.where(u0 == 0, np.longdouble(1), u0)[:, None]
+    u = started / (x + started * pull)
+    return np.where(u0[:, None] == 0, 0, u).astype(np.float64)
+
+
+TIMES = {
+    "equal": np.linspace(0, 40, 3000),
+    "shifted": np.linspace(3, 17, 1501),
+    "whole": np.arange(64.0),
+    "short": np.linspace(0, 9, 63),
+    "odd": np.linspace(0, 9, 1009),
+    "huge": np.linspace(0, 1e12, 777),
+    "all the same": np.full(100, 2.5),
+    "repeated": np.repeat(np.linspace(0, 9, 50), 3),
+    "decreasing": np.linspace(9, 0, 500),
+    "shuffled": np.random.default_rng(0).permutation(np.linspace(0, 9, 500)),
+    "logarithmic": np.logspace(-6, 6, 20_001),
+    "one off": np.linspace(0, 9, 500) + 1e-6 * (np.arange(500) == 250),
+}
+
+
+@pytest.mark.parametrize("name", TIMES)
+def test_every_path_agrees_with_the_twin(name):
+    t = TIMES[name]
+    s = np.concatenate([np.linspace(0.05, 3.0, 40), [1.0, 1.0, 700.0, 1e-9, 1e9, 2.0]])
+    u0 = np.concatenate([np.full(40, 1e-3), [0.999999, 1e-6, 1e-4, 1e-12, 1e4, 1.0]])
+    exact = twin(t, s, u0)
+    found = mode_curve(t, s, u0).numpy()
+    np.testing.assert_allclose(found, exact, rtol=2e-14)
+    out = torch.full(exact.shape, math.nan, dtype=torch.float64)
+    assert np.array_equal(mode_curve(t, s, u0, out=out).numpy(), found)
+    kinds = np.array([1.0, 0.0, 1.0, 1.0, 0.5]), np.array([0.01, 0.7, 0.0, 1.0, 30.0])
+    np.testing.assert_allclose(mode_curve(t, *kinds).numpy(), twin(t, *kinds), rtol=2e-14)
+
+
+@pytest.mark.parametrize("name", TIMES)
+def test_single_precision_is_within_a_millionth(name):
+    """Against the twin at the float32 values themselves."""
+    t = torch.from_numpy(TIMES[name]).float()
+    s = torch.cat([torch.linspace(0.05, 3.0, 40), torch.tensor([1.0, 1.0, 700.0, 1e-9, 1e9])])
+    u0 = torch.cat([torch.full((40,), 1e-3), torch.tensor([0.99999, 1e-30, 1e-4, 1e-12, 1e4])])
+    for strengths, starts in ((s, u0), (s[:40], u0[:40])):  # outside and inside the grid's range
+        found = mode_curve(t, strengths, starts)
+        assert found.dtype is torch.float32
+        error = np.abs(found.double().numpy() - twin(t, strengths, starts))
+        assert (error / strengths.double().numpy()[:, None]).max() < 1e-6
+
+
+def test_extreme_starts_on_a_grid():
+    """Where a factor of the grid would overflow or underflow, and right before."""
+    t = np.linspace(0, 800, 2000)
+    for part in (1e-300, 1e-261, 1e-259, 1e-200, 1e-100):
+        s = np.array([1.0, 0.5, 2e-3])
+        np.testing.assert_allclose(
+            mode_curve(t, s, part * s).numpy(), twin(t, s, part * s), rtol=1e-12, atol=0
+        )
+    for scale in (1e-40, 1e-30, 1e30, 1e40):
+        s = scale * np.array([1.0, 0.5])
+        np.testing.assert_allclose(
+            mode_curve(t / scale, s, 1e-3 * s).numpy(), twin(t / scale, s, 1e-3 * s), rtol=5e-14
+        )
+
+
+def test_many_modes_on_a_grid():
+    """More rows than share their factors, more than a block, times left over from the tiles."""
+    t, s = np.linspace(0, 6, 1003), np.linspace(0.5, 4, 1100)
+    found = mode_curve(t, s, 1e-4).numpy()
+    np.testing.assert_allclose(found, twin(t, s, np.full(1100, 1e-4)), rtol=2e-14)
+    own = np.tile(t, (1100, 1))
+    np.testing.assert_allclose(mode_curve(own, s, 1e-4).numpy(), found, rtol=2e-14)
+
+
+@pytest.mark.parametrize("depth", [3, 5, math.inf])
+@pytest.mark.parametrize("u0", [0.01, 7.0])
+def test_deep_modes_that_converge_are_cut_right(depth, u0):
+    """Sorted times, where converged parts are filled, against the same times shuffled."""
+    t = np.concatenate([np.linspace(0, 300, 4000), np.logspace(3, 9, 50)])
+    s = np.linspace(0.1, 3, 30)
+    order = np.random.default_rng(1).permutation(len(t))
+    starts = u0 * s
+    found = mode_curve(t, s, starts, depth)
+    shuffled = mode_curve(t[order], s, starts, depth)
+    torch.testing.assert_close(found[:, order], shuffled, rtol=1e-14, atol=0)
+    assert torch.equal(found[:, -1], torch.from_numpy(s))

@@ -50,7 +50,9 @@ def mode_curve(
             up to half of the time of a big result. Not with gradients.
 
     ``s``, ``u0``, ``lr`` and ``delta`` broadcast. The dtype is that of the tensors given, float64
-    for numbers and NumPy arrays.
+    for numbers and NumPy arrays. Growth with two layers: float32 is within 1e-6 of s/δ (for the
+    float32 values given) and takes half of the time of float64, whose error is 1e-14 for u0 down
+    to 1e-6 s/δ. Equally spaced times are the fastest, sorted ones come next.
 
     Returns:
         ``[..., T]``; without the last dimension where ``t`` is a number.

@@ -37,24 +37,28 @@ def as_reals(**values: Reals) -> tuple[Tensor, ...]:
         if tensor.is_complex() or tensor.dtype is torch.bool:
             raise TypeError(f"{name} must be real numbers, got {tensor.dtype}")
         tensor = tensor.to(device=device, dtype=dtype)
-        bad = ~tensor.detach().isfinite()
-        if bool(bad.any()):
-            raise ValueError(
-                f"{name} must be finite, but {int(bad.sum())} of its {tensor.numel()} entries "
-                "are NaN or infinite"
-            )
+        # One pass; a sum that is not finite may also be one that overflowed.
+        if not math.isfinite(float(tensor.detach().sum())):
+            _check_finite(tensor.detach(), name)
         result.append(tensor)
     return tuple(result)
 
 
+def _check_finite(value: Tensor, name: str) -> None:
+    bad = ~value.isfinite()
+    if bool(bad.any()):
+        raise ValueError(
+            f"{name} must be finite, but {int(bad.sum())} of its {value.numel()} entries "
+            "are NaN or infinite"
+        )
+
+
 def check_at_least(value: Tensor, name: str, bound: float | int, *, strictly: bool = False) -> None:
     """Raise ``ValueError`` unless all entries are ≥ ``bound`` (``strictly``: > ``bound``)."""
-    bad = value.detach() <= bound if strictly else value.detach() < bound
-    if bool(bad.any()):
+    least = float(value.detach().min()) if value.numel() else math.inf
+    if least < bound or (strictly and least == bound):
         relation = ">" if strictly else "≥"
-        raise ValueError(
-            f"{name} must be {relation} {bound:g}, got {float(value.detach()[bad].flatten()[0]):g}"
-        )
+        raise ValueError(f"{name} must be {relation} {bound:g}, got {least:g}")
 
 
 def check_depth(depth: float | int, *, infinite: bool = True) -> float:

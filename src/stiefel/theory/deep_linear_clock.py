@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stiefel.theory.deep_linear_blocks import BLOCK
+
 # Terms of the series: both variables are at most 1/2, and 2^-60 is below rounding.
 _TERMS = 64
 # The table covers 40 units of the coordinate on both sides of 0; e^-40 is below rounding.
-_REACH = 40.0
+REACH = 40.0
 _CELLS_PER_UNIT = 192
-# Elements that are worked on at one time: they stay in the cache of one core.
-BLOCK = 1 << 14
 
 
 def logit(end: Tensor, s: Tensor) -> Tensor:
@@ -174,6 +174,8 @@ def _coordinate(time: Tensor, q: float, sign: int) -> Tensor:
     Growth: T itself, and below 0 the logarithm of w's power law. Decay: ln(e^T − 1).
     """
     if sign > 0:
+        if time.numel() and float(time.min()) >= 0:
+            return time.clone()
         early = torch.log1p(time.clamp_max(0).mul_(-q)).mul_(-1 / q)
         return early.add_(time.clamp_min(0))
     return time + torch.log(-torch.expm1(-time))
@@ -192,8 +194,8 @@ def _table(q: float, sign: int) -> tuple[Tensor, float, float]:
 
     Piecewise Hermite polynomials: values and slopes of w at the nodes, both exact.
     """
-    reach = _REACH if sign > 0 else _REACH * (1 + q)
-    x = torch.arange(-math.ceil(reach * _CELLS_PER_UNIT), math.ceil(_REACH * _CELLS_PER_UNIT) + 1)
+    reach = REACH if sign > 0 else REACH * (1 + q)
+    x = torch.arange(-math.ceil(reach * _CELLS_PER_UNIT), math.ceil(REACH * _CELLS_PER_UNIT) + 1)
     x = x.to(torch.float64) / _CELLS_PER_UNIT
     if sign > 0:
         time = torch.where(x < 0, torch.expm1(-q * x) / -q, x)
@@ -206,7 +208,7 @@ def _table(q: float, sign: int) -> tuple[Tensor, float, float]:
     pieces = (w[:-1], before, 3 * rise - 2 * before - after, before + after - 2 * rise)
     shift = 0.0
     if sign > 0:
-        far = torch.full((1,), -_REACH - 5, dtype=torch.float64)
+        far = torch.full((1,), -REACH - 5, dtype=torch.float64)
         shift = float(_grow(far, q) + torch.exp(-q * far) / q)
     return torch.stack(pieces), float(x[0]), shift
 
@@ -214,12 +216,12 @@ def _table(q: float, sign: int) -> tuple[Tensor, float, float]:
 def _solve(time: Tensor, x: Tensor, q: float, sign: int) -> tuple[Tensor, Tensor]:
     """w and |1 − w| at the nodes: a coarse inverse by interpolation, then Newton's method."""
     if sign > 0:
-        guess = torch.linspace(-_REACH - 5, _REACH + 5, 4001, dtype=torch.float64)
+        guess = torch.linspace(-REACH - 5, REACH + 5, 4001, dtype=torch.float64)
         y = _interpolate(x, _coordinate(_grow(guess, q), q, sign), guess)
         for _ in range(4):
             y = y - (_grow(y, q) - time) / _rate(y, q, sign)
         return torch.sigmoid(y), torch.sigmoid(-y)
-    guess = torch.linspace(-_REACH - 5, math.log(_REACH + 5), 4001, dtype=torch.float64)
+    guess = torch.linspace(-REACH - 5, math.log(REACH + 5), 4001, dtype=torch.float64)
     log_y = _interpolate(x, _coordinate(_decay(guess.exp(), q), q, sign), guess)
     for _ in range(4):
         y = log_y.exp()

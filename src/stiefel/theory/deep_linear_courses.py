@@ -10,11 +10,17 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from stiefel.theory.deep_linear_clock import BLOCK, clock, logit, position, read_position
+from stiefel.theory.deep_linear_blocks import (
+    CONVERGED,
+    empty,
+    grid_of,
+    in_blocks,
+    logistic_on_grid,
+)
+from stiefel.theory.deep_linear_clock import REACH, clock, logit, position, read_position
 
 # e^−x beyond this is nothing beside the other term, or belongs to a mode that stays at 0.
 _LARGEST_EXPONENT = 80.0
@@ -50,6 +56,8 @@ def kinds(modes: Modes, depth: float) -> list[tuple[Tensor, Course]]:
         end = modes.delta * modes.u0
         zero, negative = modes.u0 == 0, modes.u0 < 0
         grow = (modes.u0 > 0) & (end < modes.s)
+        if depth > 1 and bool(grow.all()):
+            return [(grow, logistic if depth == 2 else deep)]
         if depth == 1:
             return [(torch.ones_like(grow), one_layer)]
         if depth == 2:
@@ -73,16 +81,36 @@ def one_layer(modes: Modes, depth: float, out: Tensor | None) -> Tensor:
 
 def logistic(modes: Modes, depth: float, out: Tensor | None) -> Tensor:
     """Two layers, 0 < δu0 < s: u = (s/δ) / (1 + (s/(δu0) − 1) e^{−2st/τ}), eq. 9."""
-    start = logit(modes.delta * modes.u0, modes.s)[:, None]
-    speed = (2 * modes.s * modes.lr)[:, None]
-    end = (modes.s / modes.delta)[:, None]
     if modes.needs_gradients():
+        start, speed, end = _logistic_terms(modes)
         return end * torch.sigmoid(start + speed * modes.t)
 
-    def finish(block: Tensor, rows: slice) -> None:
-        block.sigmoid_().mul_(end[rows])
+    dtype, device = modes.s.dtype, modes.s.device
+    if out is None:
+        out = empty(len(modes.s), modes.t.shape[-1], dtype, device)
+    # In double precision up to the argument: what is small beside s must not shift the time.
+    wide = Modes(*(x.double() for x in modes))
+    start, speed, end = _logistic_terms(wide)
+    grid = grid_of(modes.t[0]) if modes.t.shape[0] == 1 else None
+    if grid is not None:
+        curve = logistic_on_grid(start[:, 0], speed[:, 0], end[:, 0], grid, out)
+        if curve is not None:
+            return curve
+    end = end.to(dtype)
 
-    return _in_blocks(modes, start, speed, finish, out)
+    def finish(phase: Tensor, block: Tensor, rows: slice) -> None:
+        if phase.dtype is not block.dtype:
+            phase = block.copy_(phase)
+        torch.sigmoid(phase, out=block).mul_(end[rows])
+
+    return in_blocks(wide.t, start, speed, end, CONVERGED[dtype], finish, out)
+
+
+def _logistic_terms(modes: Modes) -> tuple[Tensor, Tensor, Tensor]:
+    """Logit at t = 0 (below s, where it needs no case), its speed and the end: ``[M, 1]`` each."""
+    first = modes.delta * modes.u0
+    start = first.log() - (modes.s - first).log()
+    return start[:, None], (2 * modes.s * modes.lr)[:, None], (modes.s / modes.delta)[:, None]
 
 
 def two_layers(modes: Modes, depth: float, out: Tensor | None) -> Tensor:
@@ -122,12 +150,15 @@ def deep(modes: Modes, depth: float, out: Tensor | None) -> Tensor:
     if modes.needs_gradients():
         return (end * position(start + speed * wide.t, q, sign)).to(dtype)
 
-    def finish(block: Tensor, rows: slice) -> None:
-        flat = block.view(-1)
-        read_position(flat, flat, q, sign)
-        block.mul_(end[rows])
+    if out is None:
+        out = empty(len(modes.s), modes.t.shape[-1], dtype, modes.s.device)
 
-    return _in_blocks(wide, start, speed, finish, out, dtype)
+    def finish(phase: Tensor, block: Tensor, rows: slice) -> None:
+        flat = phase.view(-1)
+        read_position(flat, flat, q, sign)
+        torch.mul(phase, end[rows], out=block)
+
+    return in_blocks(wide.t, start, speed, end, REACH, finish, out)
 
 
 def clock_speed(s: Tensor, lr: Tensor, delta: Tensor, depth: float) -> Tensor:
@@ -158,45 +189,3 @@ def undriven(modes: Modes, depth: float, out: Tensor | None) -> Tensor:
     pull = p * layers * (modes.delta * modes.lr)[:, None] * modes.t
     share = (1 + pull * u0**p) ** (-1 / p)
     return u0 * share + modes.s[:, None] * (1 - share ** (p + 1)) / (delta * (p + 1))
-
-
-def _empty(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised matrix; on a CPU in NumPy's memory, which asks for huge pages.
-
-    Getting 80 MB page by page takes three times as long as computing what goes into it.
-    """
-    names = {torch.float32: "float32", torch.float64: "float64"}
-    if device.type == "cpu" and dtype in names:
-        return torch.from_numpy(np.empty((rows, columns), dtype=names[dtype]))
-    return torch.empty(rows, columns, dtype=dtype, device=device)
-
-
-def _in_blocks(
-    modes: Modes,
-    start: Tensor,
-    speed: Tensor,
-    finish: Callable[[Tensor, slice], None],
-    out: Tensor | None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """``finish(start + speed · t)`` written block by block: each is done while in the cache."""
-    count, length = start.shape[0], modes.t.shape[-1]
-    dtype = dtype or start.dtype
-    if out is None:
-        out = _empty(count, length, dtype, start.device)
-    height = max(1, BLOCK // max(length, 1))
-    width = min(max(length, 1), BLOCK)
-    for top in range(0, count, height):
-        rows = slice(top, min(top + height, count))
-        for left in range(0, length, width):
-            columns = slice(left, left + width)
-            times = modes.t[rows, columns] if modes.t.shape[0] > 1 else modes.t[:, columns]
-            block = out[rows, columns]
-            if dtype is start.dtype and block.is_contiguous():
-                torch.addcmul(start[rows], speed[rows], times, out=block)
-                finish(block, rows)
-            else:
-                work = torch.addcmul(start[rows], speed[rows], times)
-                finish(work, rows)
-                block.copy_(work)
-    return out

@@ -10,7 +10,7 @@ import types
 
 import pytest
 
-METHODS = ("linalg", "optim", "init", "theory", "nn")
+METHODS = ("linalg", "optim", "init", "theory", "nn", "regularize")
 HEAVY = {"torch", "numpy", "scipy", "matplotlib", "jinja2", "sklearn", "transformers", "pandas"}
 
 # What the contract between the parts promises; a home may hold more.
@@ -26,7 +26,8 @@ PROMISED = {
     "theory": "mode_curve mode_time task_modes critical_gain DeepLinearSimulator effective_rank "
     "LazinessProbe tangent_kernel kernel_alignment CTRNN ntk_relu permutation_moments "
     "ensemble_size PermutationEnsemble",
-    "nn": "S4D S4DKernel S4DClassifier hippo_legs",
+    "nn": "S4D S4DKernel S4DClassifier hippo_legs OrthogonalConv2d lorth orthogonal_conv_exists",
+    "regularize": "OrthogonalityPenalty",
     "papers": "all_papers get Paper Claim Measurement Verdict Scale",
     "atlas": "reproduce build_page",
 }

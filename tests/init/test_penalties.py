@@ -19,8 +19,10 @@ from stiefel.init import (
     spectral_decoupling,
     vrex,
 )
-from stiefel.init.environments import channels, kernel_sums, members, split
+from stiefel.init import moments as moments_module
+from stiefel.init.environments import channels, groups, kernel_sums, members, split
 from stiefel.init.head_training import penalty_slopes
+from stiefel.init.moments import contrasts, spread
 from stiefel.init.penalties import PENALTIES
 
 Z = torch.tensor([1, -0.5, 2, 0, -1, 0.5, 1.5, -2], dtype=torch.float64)
@@ -209,6 +211,63 @@ def test_runs_may_have_features_and_labels_of_their_own():
         together = function(phi, z, y, env)
         alone = [function(phi[i], z[i], y[i], env) for i in range(3)]
         torch.testing.assert_close(together, torch.stack(alone))
+
+
+@pytest.mark.parametrize("own", [False, True])  # features of each run, or shared
+@pytest.mark.parametrize("name", ["iga", "fishr"])
+def test_features_in_blocks_give_the_same(monkeypatch, name, own):
+    z, phi, y, env = problem(2, runs=(2,), environments=2)
+    phi = torch.stack([phi, 2 * phi]) if own else phi
+    inputs = (z.requires_grad_(), phi.requires_grad_())
+    results = []
+    for block in (10**6, 25):  # 40 × 5 features; the last block is smaller
+        monkeypatch.setattr(moments_module, "_BLOCK_CPU", block)
+        value = fast(name, z, phi, y, env, False)
+        results.append((value, *torch.autograd.grad(value.sum(), inputs)))
+    for whole, blocks in zip(*results, strict=True):
+        torch.testing.assert_close(whole, blocks, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("counts", [[3, 4], [5, 1, 2], [1, 2, 3, 4, 5, 6]])
+def test_contrasts_of_sums_are_the_spread_of_means(counts):
+    g = torch.Generator().manual_seed(0)
+    means = torch.randn(len(counts), 7, generator=g, dtype=torch.float64)
+    sums = means * torch.tensor(counts, dtype=torch.float64)[:, None]
+    table = torch.tensor(contrasts(counts), dtype=torch.float64)
+    assert table.shape == (len(counts) - 1, len(counts))
+    near(spread(means), float((table @ sums).square().sum()))
+
+
+@pytest.mark.parametrize(
+    "ids", [[0, 1], [-2, -1], [0, 1, 2], [3, 5], [0, 1, 2**62], [-(2**63), 2**63 - 1]]
+)
+def test_any_ids_are_sorted_into_environments(ids):
+    env = torch.tensor(ids)[[1, 0, *range(len(ids)), 0]]
+    wanted = env.unique(return_inverse=True)[1]
+    place, counts = groups(env, len(env))
+    assert torch.equal(place, wanted)
+    assert counts == wanted.bincount().tolist()
+    for i, rows in enumerate(members(env, len(env))):
+        assert rows.tolist() == (wanted == i).nonzero()[:, 0].tolist()
+
+
+def test_ids_may_be_of_any_integer_type():
+    for dtype in (torch.bool, torch.uint8, torch.int8, torch.int32):
+        assert torch.equal(fishr_linear(PHI, Z, Y, ENV), fishr_linear(PHI, Z, Y, ENV.to(dtype)))
+        assert torch.equal(vrex(Z, Y, ENV), vrex(Z, Y.to(dtype), ENV))
+    with pytest.raises(ValueError, match="env holds 0"):
+        groups(torch.zeros(0, dtype=torch.int64), 0)
+    with pytest.raises(ValueError, match="got -1"):
+        vrex(Z, -Y, ENV)
+
+
+def test_finite_logits_may_have_a_sum_that_overflows():
+    z = torch.tensor([3e38, 3e38, -3e38, 3e38])
+    y, env = torch.tensor([1, 1, 0, 1]), torch.tensor([0, 0, 1, 1])
+    assert float(vrex(z, y, env)) == 0
+    for bad in (math.inf, -math.inf, math.nan):
+        with pytest.raises(ValueError, match="z must be finite, but 1 of its 4"):
+            vrex(torch.where(env == torch.tensor([0, 2, 2, 2]), bad, z), y, env)
 
 
 @settings(max_examples=20, deadline=None)

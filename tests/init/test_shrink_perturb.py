@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from stiefel.init import shrink_perturb_, warm_start
+from stiefel.init import shrink_perturb_noise as noise_module
 from stiefel.init.shrink_perturb_noise import PIECE_CPU, Law, initial_laws, pieces
 from stiefel.optim import Muon, split_parameters
 
@@ -191,6 +192,69 @@ def test_padding_row_of_an_embedding_only_shrinks():
     shrink_perturb_(module, 0.5, 0.1, generator=seeded())
     assert torch.equal(module.weight[2], torch.full((4,), 0.5))
     assert (module.weight[:2] != 0.5).all()
+
+
+def recorded(monkeypatch, module):
+    """Laws of a module by name, and the layers whose resets were run for them."""
+    asked = []
+    record = noise_module._recorded
+
+    def counting(layer, reset):
+        asked.append(layer)
+        return record(layer, reset)
+
+    monkeypatch.setattr(noise_module, "_recorded", counting)
+    names = {id(p): name for name, p in module.named_parameters()}
+    found = initial_laws(module, names)
+    monkeypatch.undo()
+    return {names[key]: law for key, law in found.items()}, asked
+
+
+def test_equal_layers_are_asked_once(monkeypatch):
+    layers = [nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4)]
+    laws, asked = recorded(monkeypatch, nn.Sequential(*layers))
+    assert len(asked) == 2
+    assert laws["0.weight"] == laws["2.weight"] == laws["4.weight"]
+    assert laws["0.weight"].second == pytest.approx(0.5)
+    assert laws["1.bias"] == laws["3.bias"] == Law("constant", 0.0)
+
+
+def test_layers_that_differ_in_any_setting_are_asked_each(monkeypatch):
+    odd = nn.Linear(4, 4)
+    odd.reset_parameters = lambda: nn.init.zeros_(odd.weight)
+    layers = [nn.Embedding(4, 4), nn.Embedding(4, 4, padding_idx=1)]
+    layers += [nn.Linear(4, 4), nn.Linear(4, 4, bias=False), nn.Linear(4, 4).double()]
+    layers += [nn.Linear(9, 4), nn.Linear(4, 4).bfloat16()]
+    laws, asked = recorded(monkeypatch, nn.Sequential(*layers))
+    assert len(asked) == len(layers)
+    assert isinstance(laws["0.weight"], Law)
+    assert laws["1.weight"] is layers[1]
+    assert laws["5.weight"].second == pytest.approx(1 / 3)
+    # One that was given a reset of its own is asked too: it writes elsewhere.
+    with pytest.raises(TypeError, match="leaves weight as it is"):
+        recorded(monkeypatch, nn.Sequential(nn.Linear(4, 4), odd))
+
+
+def test_somebody_else_s_layers_are_asked_each_time(monkeypatch):
+    values = iter((1.0, 2.0))
+    layers = [One(torch.zeros(3), lambda w: w.data.fill_(next(values))) for _ in range(2)]
+    laws, asked = recorded(monkeypatch, nn.Sequential(*layers))
+    assert len(asked) == 2
+    assert {law.first for law in laws.values()} == {1.0, 2.0}
+
+
+@pytest.mark.parametrize("shrink", [0.9, 0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_small_tensors_together_are_bit_for_bit_the_loop(monkeypatch, shrink, dtype):
+    monkeypatch.setattr(noise_module, "LIST_CPU", 100)  # several lists
+    module, fresh = (
+        nn.ParameterList([torch.randn(n, dtype=dtype) for n in (3, 90, 0, 70, 1)]) for _ in range(2)
+    )
+    before = [p.detach().clone() for p in module]
+    shrink_perturb_(module, shrink, 0.3, fresh=fresh)
+    for p, old, new in zip(module, before, fresh, strict=True):
+        wanted = new * 0.3 if shrink == 0 else old.mul(shrink).add_(new.detach(), alpha=0.3)
+        assert torch.equal(p.detach(), wanted.detach())
 
 
 def test_torch_s_own_layers_all_reset_themselves():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -40,7 +41,7 @@ class Part(NamedTuple):
 def through_link(p: Tensor, v: Tensor) -> Tensor:
     """The derivative of the probabilities by the logits, applied to ``v``; it is symmetric."""
     if p.shape[-2] == 1:
-        return p * (1 - p) * v
+        return torch.ops.aten.sigmoid_backward(v, p)  # v p (1 − p) in one pass
     return p * (v - (p * v).sum(-2, keepdim=True))
 
 
@@ -55,13 +56,27 @@ def channels(z: Tensor, multiclass: bool) -> Tensor:
     if z.ndim < 1 + multiclass or (multiclass and z.shape[-1] < 2):
         wanted = "[..., n, c] with c ≥ 2" if multiclass else "[..., n]"
         raise ValueError(f"z must be {wanted}, got shape {tuple(z.shape)}")
-    check_finite(z, "z")
+    if not math.isfinite(z.detach().sum()):  # one operation; or a sum that overflows
+        check_finite(z, "z")
     work = z.to(compute_dtype(z.dtype))
     return work.mT if multiclass else work.unsqueeze(-2)
 
 
-def members(env: Tensor, n: int, *, least: int = 2) -> list[Tensor]:
-    """Indices of the examples of each environment, in order of the environments' ids.
+class Groups(NamedTuple):
+    """Which environment every example belongs to, environments in order of their ids."""
+
+    place: Tensor
+    """``[n]``: 0 for the environment with the smallest id, and so on."""
+    counts: list[int]
+    """Examples of each environment."""
+
+    def rows(self) -> list[Tensor]:
+        """Indices of the examples of each environment."""
+        return [(self.place == i).nonzero()[:, 0] for i in range(len(self.counts))]
+
+
+def groups(env: Tensor, n: int, *, least: int = 2) -> Groups:
+    """Examples sorted by environment.
 
     Raises:
         ValueError: ``env`` is not ``[n]``, or holds fewer than ``least`` environments.
@@ -73,10 +88,29 @@ def members(env: Tensor, n: int, *, least: int = 2) -> list[Tensor]:
         raise ValueError(
             f"env must hold one id for each of the {n} examples, got shape {tuple(env.shape)}"
         )
-    ids, place = env.unique(return_inverse=True)
-    if len(ids) < least:
-        raise ValueError(f"a penalty needs at least {least} environments, env holds {len(ids)}")
-    return [(place == i).nonzero()[:, 0] for i in range(len(ids))]
+    place, counts = env.long(), [0]
+    low, high = (int(i) for i in place.aminmax()) if n else (0, 0)
+    if high - low <= n:  # ids as 0, 1, 2 are counted; the rest is sorted
+        place = place - low if low else place
+        if high - low == 1:
+            ones = int(place.sum())
+            counts = [n - ones, ones]
+        else:
+            counts = place.bincount().tolist()
+    if 0 in counts:
+        _, place, found = env.unique(return_inverse=True, return_counts=True)
+        counts = found.tolist()
+    if len(counts) < least:
+        raise ValueError(f"a penalty needs at least {least} environments, env holds {len(counts)}")
+    return Groups(place, counts)
+
+
+def members(env: Tensor, n: int, *, least: int = 2) -> list[Tensor]:
+    """Indices of the examples of each environment, in order of the environments' ids.
+
+    Errors as in :func:`groups`.
+    """
+    return groups(env, n, least=least).rows()
 
 
 def targets(y: Tensor, n: int, classes: int, dtype: torch.dtype) -> Tensor:
@@ -91,27 +125,36 @@ def targets(y: Tensor, n: int, classes: int, dtype: torch.dtype) -> Tensor:
             f"y must hold one label for each of the {n} examples, got shape {tuple(y.shape)}"
         )
     highest = max(classes, 2) - 1
-    known = (y >= 0) & (y <= highest) & (y == y.round() if y.is_floating_point() else True)
-    if not bool(known.all()):
+    if y.is_floating_point() or not y.numel():
+        right = bool(_known(y, highest).all())
+    else:  # the same in one operation
+        low, high = (int(i) for i in y.aminmax())
+        right = low >= 0 and high <= highest
+    if not right:
         allowed = "0 and 1 (binary)" if classes == 1 else f"class ids 0 to {highest}"
-        raise ValueError(f"y must hold {allowed}, got {y[~known][0].item()}")
+        raise ValueError(f"y must hold {allowed}, got {y[~_known(y, highest)][0].item()}")
     if classes == 1:
         return y.to(dtype).unsqueeze(-2)
     return nn.functional.one_hot(y.long(), classes).to(dtype).mT
 
 
-def whole(z: Tensor, y: Tensor, env: Tensor, *, multiclass: bool) -> tuple[Part, list[Tensor]]:
-    """All examples as one part, and the indices of each environment's; checked."""
+def _known(y: Tensor, highest: int) -> Tensor:
+    known = (y >= 0) & (y <= highest)
+    return known & (y == y.round()) if y.is_floating_point() else known
+
+
+def whole(z: Tensor, y: Tensor, env: Tensor, *, multiclass: bool) -> tuple[Part, Groups]:
+    """All examples as one part, and which of them belong together; checked."""
     logits = channels(z, multiclass)
     classes, n = logits.shape[-2:]
-    rows = members(env, n)
-    return Part(logits, targets(y, n, classes, logits.dtype)), rows
+    together = groups(env, n)
+    return Part(logits, targets(y, n, classes, logits.dtype)), together
 
 
 def split(z: Tensor, y: Tensor, env: Tensor, *, multiclass: bool) -> list[Part]:
     """A part for each environment, in order of their ids; arguments as the penalties take them."""
-    (logits, target), rows = whole(z, y, env, multiclass=multiclass)
-    return [Part(logits[..., i], target[..., i]) for i in rows]
+    (logits, target), together = whole(z, y, env, multiclass=multiclass)
+    return [Part(logits[..., i], target[..., i]) for i in together.rows()]
 
 
 def confidence(part: Part) -> tuple[Tensor, Tensor]:

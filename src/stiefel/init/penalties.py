@@ -311,8 +311,8 @@ def penalised_loss(
     elif penalty in ("iga", "fishr"):
         if phi is None:
             raise ValueError(f"penalty {penalty!r} needs phi, the features that the head reads")
-        every, rows = whole(z, y, env, multiclass=multiclass)
-        value = moment_spread(phi, every, rows, power=1 if penalty == "iga" else 2)
+        every, together = whole(z, y, env, multiclass=multiclass)
+        value = moment_spread(phi, every, together, power=1 if penalty == "iga" else 2)
     else:
         value = _BY_LOGITS[penalty](parts)
     return (total + weight * value) / max(weight, 1.0)

@@ -24,6 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 # tensor gets the same numbers in pieces as in one draw.
 PIECE_CPU = 1 << 16
 PIECE_ACCELERATOR = 1 << 24
+# Tensors of up to so many numbers are mixed by one call for many; as many at a time as stay in the
+# last-level cache, for the list is gone through twice.
+SMALL_CPU, LIST_CPU = 4 * PIECE_CPU, 16 * PIECE_CPU
 # Types that are mixed in themselves; all others are mixed in float32 and rounded once.
 EXACT = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 _IS_META = Tensor.is_meta.__get__  # pyrefly: ignore
@@ -166,6 +169,7 @@ def initial_laws(root: nn.Module, wanted: Mapping[int, str]) -> dict[int, Law | 
         TypeError: a module owns a wanted parameter and cannot reset it.
     """
     laws: dict[int, Law | nn.Module] = {}
+    recorded: dict[tuple[Any, ...], dict[str, Law | None] | None] = {}
     # Children first: what a parent's reset does to them afterwards counts.
     for name, module in reversed(list(root.named_modules())):
         owned = {id(p): key for key, p in module._parameters.items() if id(p) in wanted}
@@ -179,7 +183,7 @@ def initial_laws(root: nn.Module, wanted: Mapping[int, str]) -> dict[int, Law | 
                 "fresh (a new network, or a function that makes one), noise='gaussian', or "
                 "exclude these parameters"
             )
-        found = _recorded(module, reset)
+        found = _recorded_once(module, reset, recorded)
         if found is None:
             laws |= dict.fromkeys(owned, module)
             continue
@@ -190,6 +194,57 @@ def initial_laws(root: nn.Module, wanted: Mapping[int, str]) -> dict[int, Law | 
             if key not in laws:
                 raise TypeError(f"reset_parameters of {where} leaves {parameter} as it is")
     return laws
+
+
+def _recorded_once(
+    module: nn.Module,
+    reset: str,
+    before: dict[tuple[Any, ...], dict[str, Law | None] | None],
+) -> dict[int, Law | None] | None:
+    """As :func:`_recorded`, but once for equal layers of torch's own; noted in ``before``."""
+    key = _description(module)
+    if key is None:
+        return _recorded(module, reset)
+    parameters = {name: p for name, p in module._parameters.items() if p is not None}
+    if key not in before:
+        found = _recorded(module, reset)
+        if found is not None:
+            names = {id(p): name for name, p in parameters.items()}
+            before[key] = {names[i]: law for i, law in found.items()}
+        else:
+            before[key] = None
+    laws = before[key]
+    return None if laws is None else {id(parameters[name]): law for name, law in laws.items()}
+
+
+def _description(module: nn.Module) -> tuple[Any, ...] | None:
+    """What the reset of a childless layer of ``torch.nn`` can depend on; None of any other.
+
+    Somebody else's reset may look at what is not in the layer, so it is run each time.
+    """
+    kind = type(module)
+    if module._modules or not kind.__module__.startswith("torch.nn.modules."):
+        return None
+    settings = [
+        (name, value)
+        for name, value in module.__dict__.items()
+        if name[0] != "_" and name != "training"
+    ]
+    if not all(_is_simple(value) for _, value in settings):
+        return None
+    shapes = [
+        (name, None if p is None else (p.shape, p.dtype)) for name, p in module._parameters.items()
+    ]
+    held = [id(p) for p in module._parameters.values() if p is not None]
+    if len(set(held)) < len(held):
+        return None
+    return kind, tuple(settings), tuple(shapes)
+
+
+def _is_simple(value: object) -> bool:
+    if type(value) is tuple:
+        return all(_is_simple(entry) for entry in value)
+    return value is None or type(value) in (bool, int, float, str)
 
 
 def _recorded(module: nn.Module, reset: str) -> dict[int, Law | None] | None:
@@ -234,7 +289,8 @@ def pieces(tensor: Tensor) -> Iterator[Tensor]:
     """Views that make up ``tensor``, each of about as many numbers as are drawn at a time."""
     size = PIECE_CPU if tensor.device.type == "cpu" else PIECE_ACCELERATOR
     if tensor.is_contiguous():
-        yield from tensor.view(-1).split(size)
+        flat = tensor.view(-1)
+        yield from (flat,) if tensor.numel() <= size else flat.split(size)
     else:
         yield from tensor.split(max(1, size * len(tensor) // tensor.numel()))
 
@@ -255,18 +311,65 @@ def blend_(x: Tensor, noise: Tensor, shrink: float | int, perturb: float | int) 
         x.mul_(shrink).add_(noise, alpha=perturb)
 
 
+class Together:
+    """Tensors of one device and type, all of :data:`EXACT`, mixed by one call for many."""
+
+    def __init__(self, shrink: float, perturb: float) -> None:
+        self._shrink, self._perturb = shrink, perturb
+        self._ours: list[Tensor] = []
+        self._theirs: list[Tensor] = []
+        self._room = LIST_CPU
+
+    def add(self, ours: Tensor, theirs: Tensor) -> None:
+        """Put a pair aside, and mix what is there when that is enough."""
+        self._ours.append(ours)
+        self._theirs.append(theirs)
+        self._room -= ours.numel()
+        if self._room < 0 and ours.device.type == "cpu":
+            self.mix()
+
+    def mix(self) -> None:
+        """As :func:`blend_` of every pair."""
+        if self._ours and self._shrink == 0:
+            torch._foreach_copy_(self._ours, self._theirs)
+            self._times(self._perturb)
+        elif self._ours:
+            self._times(self._shrink)
+            torch._foreach_add_(self._ours, self._theirs, alpha=self._perturb)
+        self._ours, self._theirs, self._room = [], [], LIST_CPU
+
+    def _times(self, factor: float) -> None:
+        if self._ours[0].device.type == "cpu":  # there a number is made a tensor for each of them
+            torch._foreach_mul_(self._ours, torch.tensor(factor, dtype=self._ours[0].dtype))
+        else:
+            torch._foreach_mul_(self._ours, factor)
+
+
 def blend_law_(
-    x: Tensor, law: Law, shrink: float, perturb: float, generator: torch.Generator | None
+    x: Tensor,
+    law: Law,
+    shrink: float,
+    perturb: float,
+    generator: torch.Generator | None,
+    rooms: dict[tuple[Any, ...], Tensor],
 ) -> None:
-    """x ← shrink · x + perturb · (a draw of ``law``), piece by piece in place."""
+    """x ← shrink · x + perturb · (a draw of ``law``), piece by piece in place.
+
+    ``rooms`` keeps the piece's memory of each device and type for the next tensor.
+    """
     if perturb == 0 or (law.kind == "constant" and shrink != 0 and law.first == 0):
         blend_(x, x, shrink, 0.0)
         return
     dtype = x.dtype if x.dtype in EXACT else torch.float32
-    buffer = torch.empty(0, dtype=dtype, device=x.device)
+    if law.kind == "constant" and dtype == x.dtype:
+        value = perturb * law.first
+        x.fill_(value) if shrink == 0 else x.mul_(shrink).add_(value)
+        return
+    place = (x.device, dtype)
     for piece in pieces(x):
-        if buffer.numel() < piece.numel():
-            buffer = torch.empty(piece.numel(), dtype=dtype, device=x.device)
+        buffer = rooms.get(place)
+        if buffer is None or buffer.numel() < piece.numel():
+            buffer = rooms[place] = torch.empty(piece.numel(), dtype=dtype, device=x.device)
         noise = law.draw_(buffer[: piece.numel()], generator).view(piece.shape)
         blend_(piece, noise, shrink, perturb)
 

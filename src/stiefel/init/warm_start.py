@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stiefel.init.shrink_perturb_noise import (
     EXACT,
-    PIECE_CPU,
+    SMALL_CPU,
     Law,
+    Together,
     blend_,
     blend_law_,
     drawn,
@@ -37,6 +38,7 @@ from stiefel.init.shrink_perturb_state import (
 
 BUFFER_RULES = ("reset", "keep", "lerp")
 NOISES = ("init", "gaussian")
+PLAIN = (nn.Parameter, Tensor)
 
 M = TypeVar("M", bound=nn.Module)
 Names = str | Iterable[str] | Callable[[str, Tensor], bool]
@@ -103,23 +105,24 @@ def shrink_perturb_(
     _check_word("buffers", buffers, BUFFER_RULES)
     if fresh is not None and noise == "gaussian":
         raise ValueError("fresh gives the noise of noise='init'; noise='gaussian' needs none")
-    known = dict(module.named_parameters(remove_duplicate=False))
+    known, buffers_there = _entries(module)
     chosen = _chosen(module, known, include, exclude)
     if optimizer is not None:
         _check_owner(optimizer, chosen)
-    network, others = _fresh_network(module, known, fresh)
-    sources: dict[int, Law | nn.Module | Tensor] = {}
-    if network is not None:
-        sources = {id(p): others[name] for name, p in chosen.items()}
-    elif noise == "gaussian":
+    network = None if fresh is None else _fresh_network(known, buffers_there, fresh)
+    sources: dict[int, Law | nn.Module] = {}
+    if network is None and noise == "gaussian":
         sources = {id(p): Law("normal", 0.0, 1.0) for p in chosen.values()}
-    elif perturb != 0:
+    elif network is None and perturb != 0:
         sources |= initial_laws(module, {id(p): name for name, p in chosen.items()})
     if network is None and perturb != 0:
         _check_ranks(module, chosen, generator)
 
     if (shrink, perturb) != (1, 0):
-        _mix(chosen, sources, float(shrink), float(perturb), _Generators(generator))
+        if network is None or perturb == 0:
+            _mix(chosen, sources, float(shrink), float(perturb), _Generators(generator))
+        else:
+            _mix_network(chosen, network.parameters, float(shrink), float(perturb))
         if buffers != "keep":
             _renew_buffers(module, network, float(shrink) if buffers == "lerp" else 0.0)
     if optimizer is not None:
@@ -186,25 +189,50 @@ def _check_owner(optimizer: torch.optim.Optimizer, chosen: Mapping[str, nn.Param
         raise ValueError("optimizer holds none of the parameters that are mixed")
 
 
+def _entries(module: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
+    """Parameters by all of their names and buffers by their first, in one walk."""
+    parameters: dict[str, nn.Parameter] = {}
+    buffers: dict[str, Tensor] = {}
+    for path, m in module.named_modules(remove_duplicate=False):
+        prefix = path + "." if path else ""
+        for name, p in m._parameters.items():
+            if p is not None:
+                parameters[prefix + name] = p
+        for name, b in m._buffers.items():
+            if b is not None:
+                buffers[prefix + name] = b
+    if buffers:
+        first = {id(b): name for name, b in reversed(buffers.items())}
+        buffers = {name: b for name, b in buffers.items() if first[id(b)] == name}
+    return parameters, buffers
+
+
+class _Network(NamedTuple):
+    """What a fresh network holds, by name, and the buffers that it renews."""
+
+    parameters: dict[str, nn.Parameter]
+    buffers: dict[str, Tensor]
+    old_buffers: dict[str, Tensor]
+
+
 def _fresh_network(
-    module: nn.Module,
     known: dict[str, nn.Parameter],
-    fresh: nn.Module | Callable[[], nn.Module] | None,
-) -> tuple[nn.Module | None, dict[str, Tensor]]:
-    """The network to take noise from, checked against ``module``, and its parameters."""
-    if fresh is None:
-        return None, {}
+    buffers: dict[str, Tensor],
+    fresh: nn.Module | Callable[[], nn.Module],
+) -> _Network:
+    """The network to take noise from, checked against the entries of the module."""
     network = fresh if isinstance(fresh, nn.Module) else fresh()
     if not isinstance(network, nn.Module):
         raise TypeError(f"fresh must be or make an nn.Module, got {type(network).__name__}")
-    theirs = dict(network.named_parameters(remove_duplicate=False))
+    theirs, new = _entries(network)
     check_same_entries(known, theirs)
-    check_same_entries(dict(module.named_buffers()), dict(network.named_buffers()))
-    held = {_local(p).data_ptr() for p in theirs.values() if p.numel()}
-    shared = [name for name, p in known.items() if p.numel() and _local(p).data_ptr() in held]
-    if shared:
-        raise ValueError(f"fresh shares {shared[0]} with module: it must be a new network")
-    return network, dict(theirs)
+    check_same_entries(buffers, new)
+    # The memory of nothing, at 0, may be shared.
+    held = {_local(p).data_ptr() for p in theirs.values()} - {0}
+    for name, p in known.items():
+        if _local(p).data_ptr() in held:
+            raise ValueError(f"fresh shares {name} with module: it must be a new network")
+    return _Network(theirs, new, buffers)
 
 
 class _Generators:
@@ -224,12 +252,12 @@ class _Generators:
 
 def _mix(
     chosen: Mapping[str, nn.Parameter],
-    sources: dict[int, Law | nn.Module | Tensor],
+    sources: dict[int, Law | nn.Module],
     shrink: float,
     perturb: float,
     generators: _Generators,
 ) -> None:
-    together: dict[tuple[Any, ...], tuple[list[Tensor], list[Tensor]]] = {}
+    rooms: dict[tuple[Any, ...], Tensor] = {}
     # First what its module draws: if that goes wrong nothing is mixed yet.
     for p in sorted(chosen.values(), key=lambda p: not isinstance(sources.get(id(p)), nn.Module)):
         if perturb and id(p) not in sources:
@@ -243,46 +271,43 @@ def _mix(
             if _is_sharded(x):
                 blend_(_local(x), _shard(whole_draw(x, source, generator), x), shrink, perturb)
             else:
-                blend_law_(x, source, shrink, perturb, generator)
-        elif isinstance(source, Tensor):
-            _mix_tensor(x, source.detach(), shrink, perturb, together)
+                blend_law_(x, source, shrink, perturb, generator, rooms)
         else:
             _mix_module(p, source, chosen, sources, shrink, perturb, generators)
-    for ours, theirs in together.values():
-        if shrink == 0:
-            torch._foreach_copy_(ours, theirs)
-            torch._foreach_mul_(ours, perturb)
-        else:
-            torch._foreach_mul_(ours, shrink)
-            torch._foreach_add_(ours, theirs, alpha=perturb)
 
 
-def _mix_tensor(
-    x: Tensor,
-    other: Tensor,
+def _mix_network(
+    chosen: Mapping[str, nn.Parameter],
+    fresh: Mapping[str, Tensor],
     shrink: float,
     perturb: float,
-    together: dict[tuple[Any, ...], tuple[list[Tensor], list[Tensor]]],
 ) -> None:
-    """Small tensors of one kind are put aside for one call; large ones are mixed in pieces."""
-    x, other = _local(x), _shard(other, x) if _is_sharded(x) else _local(other)
-    alike = (x.device, x.dtype) == (other.device, other.dtype) and x.stride() == other.stride()
-    if alike and x.dtype in EXACT and (x.numel() <= PIECE_CPU or x.device.type != "cpu"):
-        ours, theirs = together.setdefault((x.device, x.dtype), ([], []))
-        ours.append(x)
-        theirs.append(other)
-    elif alike:
-        for ours, theirs in zip(pieces(x), pieces(other), strict=True):
-            blend_(ours, theirs, shrink, perturb)
-    else:
-        blend_(x, other.to(x.device), shrink, perturb)
+    """x ← shrink · x + perturb · fresh; small ones together, large ones in pieces."""
+    together: dict[tuple[Any, ...], Together] = {}
+    for name, p in chosen.items():
+        x, other = _local(p), fresh[name]
+        other = _shard(other, p) if x is not p else _local(other)
+        device, dtype = x.device, x.dtype
+        alike = dtype is other.dtype and device == other.device
+        if alike and dtype in EXACT and (x.numel() <= SMALL_CPU or device.type != "cpu"):
+            kind = together.get((device, dtype))
+            if kind is None:
+                kind = together[device, dtype] = Together(shrink, perturb)
+            kind.add(x, other)
+        elif alike and x.stride() == other.stride():
+            for ours, theirs in zip(pieces(x.detach()), pieces(other.detach()), strict=True):
+                blend_(ours, theirs, shrink, perturb)
+        else:
+            blend_(x, other.to(x.device), shrink, perturb)
+    for kind in together.values():
+        kind.mix()
 
 
 def _mix_module(
     first: nn.Parameter,
     owner: nn.Module,
     chosen: Mapping[str, nn.Parameter],
-    sources: dict[int, Law | nn.Module | Tensor],
+    sources: dict[int, Law | nn.Module],
     shrink: float,
     perturb: float,
     generators: _Generators,
@@ -303,12 +328,11 @@ def _mix_module(
         blend_(_local(x), _shard(value, x) if _is_sharded(x) else value, shrink, perturb)
 
 
-def _renew_buffers(module: nn.Module, network: nn.Module | None, old: float) -> None:
+def _renew_buffers(module: nn.Module, network: _Network | None, old: float) -> None:
     """Buffers become ``old`` · themselves + (1 − old) · new; integers are taken over as new."""
     if network is not None:
-        fresh = dict(network.named_buffers())
-        for name, b in module.named_buffers():
-            _renew(b, fresh[name], old)
+        for name, b in network.old_buffers.items():
+            _renew(b, network.buffers[name], old)
         return
     for m in module.modules():
         if callable(getattr(m, "reset_running_stats", None)):
@@ -328,8 +352,7 @@ def _renew(buffer: Tensor, fresh: Tensor, old: float) -> None:
 
 
 def _is_sharded(x: Tensor) -> bool:
-    plain = type(x) in (Tensor, nn.Parameter)
-    return not plain and hasattr(x, "device_mesh") and hasattr(x, "placements")
+    return type(x) not in PLAIN and hasattr(x, "device_mesh") and hasattr(x, "placements")
 
 
 def _local(x: Tensor) -> Tensor:

@@ -4,9 +4,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from stiefel.linalg.conv_geometry import ExistenceReport as ExistenceReport
+from stiefel.linalg.conv_geometry import conv_orth_case as conv_orth_case
+from stiefel.linalg.conv_geometry import orthogonal_conv_exists as orthogonal_conv_exists
+from stiefel.linalg.conv_penalty import frobenius_error as frobenius_error
+from stiefel.linalg.conv_penalty import lorth as lorth
+from stiefel.linalg.conv_penalty import lorth_alpha as lorth_alpha
+from stiefel.linalg.conv_penalty import lorth_sigma_bounds as lorth_sigma_bounds
+from stiefel.linalg.conv_spectrum import conv_singular_values as conv_singular_values
+from stiefel.linalg.conv_spectrum import conv_spectral_norm as conv_spectral_norm
 from stiefel.linalg.hippo import hippo_legs as hippo_legs
 from stiefel.linalg.hippo import legs_normal as legs_normal
 from stiefel.linalg.hippo import transfer_function as transfer_function
+from stiefel.nn.lipschitz import certified_lipschitz as certified_lipschitz
+from stiefel.nn.orthogonal_conv import BlockOrthogonal as BlockOrthogonal
+from stiefel.nn.orthogonal_conv import OrthogonalConv1d as OrthogonalConv1d
+from stiefel.nn.orthogonal_conv import OrthogonalConv2d as OrthogonalConv2d
+from stiefel.nn.orthogonal_conv import orthogonal_conv as orthogonal_conv
+from stiefel.nn.orthogonal_conv import orthogonalize_ as orthogonalize_
 from stiefel.nn.s4d import S4D as S4D
 from stiefel.nn.s4d_init import s4d_init as s4d_init
 from stiefel.nn.s4d_kernel import S4DKernel as S4DKernel

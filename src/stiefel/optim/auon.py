@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -182,23 +183,28 @@ class AuON(MatrixOptimizer):
         total: Callable[[list[Tensor]], list[Tensor]],
     ) -> None:
         """Two numbers of a split matrix are added up over ranks: Σ U² and Σ sinh²(γ U/‖U‖_F)."""
-        gamma, sums, waves = group["gamma"], [], []
+        gamma, sizes, waves = group["gamma"], [], []
         parted = [shard for shard in shards if shard.entry.is_split]
         for shard in shards:
             shard.momentum.lerp_(shard.grad, 1 - group["momentum"])
-            if not shard.entry.is_split:
-                u = self._ahead(group, shard)
-                norm = _square_sum(u).sqrt()
-                self._apply_shard(group, shard, u, norm, _wave_sum(u, gamma, norm))
-            else:  # each copy counts once
-                u = self._ahead(group, shard)
-                sums.append(
-                    _square_sum(u) if shard.counts else u.new_zeros((), dtype=torch.float64)
+            u = self._ahead(group, shard)
+            size = _size(u)
+            if shard.entry.is_split:
+                sizes.append(size)
+            else:
+                norm = size[0].sqrt()
+                self._apply_shard(
+                    group, shard, u, norm, _wave_sum(lambda u=u: u, size, gamma, norm)
                 )
-        norms = [value.sqrt() for value in total(sums)]
-        for shard, norm in zip(parted, norms, strict=True):
-            part = self._ahead(group, shard) if shard.counts else shard.momentum[:0]
-            waves.append(_wave_sum(part, gamma, norm))
+        nothing = torch.zeros((), dtype=torch.float64)  # each copy counts once
+        squares = [
+            size[0] if shard.counts else nothing.to(size[0].device)
+            for shard, size in zip(parted, sizes, strict=True)
+        ]
+        norms = [value.sqrt() for value in total(squares)]
+        for shard, size, norm in zip(parted, sizes, norms, strict=True):
+            wave = _wave_sum(partial(self._ahead, group, shard), size, gamma, norm)
+            waves.append(wave if shard.counts else torch.zeros_like(wave))
         for shard, norm, wave in zip(parted, norms, total(waves), strict=True):
             self._apply_shard(group, shard, self._ahead(group, shard), norm, wave)
 
@@ -251,22 +257,31 @@ class AuON(MatrixOptimizer):
                 p.copy_(target)
 
 
-def _square_sum(u: Tensor) -> Tensor:
-    """Σ U² in float64, where no square leaves the range."""
-    return torch.linalg.vector_norm(u, dtype=torch.float64).square()
-
-
-def _wave_sum(u: Tensor, gamma: float, norm: Tensor) -> Tensor:
-    """Σ sinh²(γ U/‖U‖) over a part of U, in float64, a few rows at a time."""
+def _size(u: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Σ U² in float64, where no square leaves the range; max |U|; how many numbers."""
+    square = torch.linalg.vector_norm(u, dtype=torch.float64).square()
     if not u.numel():
-        return norm.new_zeros(())
+        return square, torch.zeros_like(square), 0
+    least, most = torch.aminmax(u)
+    return square, torch.maximum(-least, most).double(), u.numel()
+
+
+def _wave_sum(
+    u: Callable[[], Tensor], size: tuple[Tensor, Tensor, int], gamma: float, norm: Tensor
+) -> Tensor:
+    """Σ sinh²(γ U/‖U‖) over a part of U of this :func:`_size`, in float64.
+
+    U itself is only asked for where the square does not do; then a few rows are seen at a time.
+    """
+    square, largest, count = size
+    if not count:
+        return torch.zeros_like(norm)
     t = gamma / norm.clamp_min(torch.finfo(torch.float64).tiny)
-    largest = u.abs().amax().double() * t
-    if u.device.type == "cpu":
-        energy = _square_sum(u) * t.square()
-        if float(energy) / u.numel() * _beyond_square(float(largest)) <= _SERIES_ERROR:
+    if norm.device.type == "cpu":
+        energy = square * t.square()
+        if float(energy) / count * _beyond_square(float(largest * t)) <= _SERIES_ERROR:
             return energy
-    return torch.stack([(row.double() * t).sinh().square().sum() for row in u.split(256)]).sum()
+    return torch.stack([(row.double() * t).sinh().square().sum() for row in u().split(256)]).sum()
 
 
 def _divisor(group: dict[str, Any], u: Tensor) -> float:

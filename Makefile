@@ -33,8 +33,8 @@ format: ## Format the code and fix what ruff can fix
 	$(call in_venv,-m ruff check --fix-only)
 	$(call in_venv,-m ruff format)
 
-bench: ## Time ours against others in one run
-	$(call in_venv,benchmarks/run.py $(ARGS))
+bench: ## Time ours against others in one run (BENCH=layers: another file of benchmarks/)
+	$(call in_venv,benchmarks/$(or $(BENCH),run).py $(ARGS))
 
 atlas: ## Build the page again from the results that are there
 	$(call in_venv,-m stiefel atlas --results build/results --out build/atlas $(ARGS))

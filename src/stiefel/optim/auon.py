@@ -258,12 +258,15 @@ class AuON(MatrixOptimizer):
 
 
 def _size(u: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Σ U² in float64, where no square leaves the range; max |U|; how many numbers."""
-    square = torch.linalg.vector_norm(u, dtype=torch.float64).square()
+    """Σ U² in float64, where no square leaves the range; a bound of max |U|; how many numbers."""
     if not u.numel():
-        return square, torch.zeros_like(square), 0
-    least, most = torch.aminmax(u)
-    return square, torch.maximum(-least, most).double(), u.numel()
+        nothing = torch.zeros((), dtype=torch.float64, device=u.device)
+        return nothing, nothing, 0
+    if u.device.type == "cpu":
+        norm, largest = (torch.tensor(n, dtype=torch.float64) for n in _norm(u.flatten(1)))
+        return norm.square(), largest, u.numel()
+    square = torch.linalg.vector_norm(u, dtype=torch.float64).square()
+    return square, u.abs().amax().double(), u.numel()
 
 
 def _wave_sum(

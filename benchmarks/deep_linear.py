@@ -16,7 +16,6 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from scipy.integrate import solve_ivp
+from timing import in_turn
 from torch import Tensor, nn
 
 from stiefel.init import orthogonal_init_
@@ -38,19 +38,6 @@ TOLERANCES = (1e-5, 3e-6, 1e-6, 3e-7, 1e-7, 3e-8, 1e-8, 3e-9, 1e-9, 3e-10, 1e-10
 ABSOLUTE = (1.0, 100.0)
 SWEEP_SECONDS = 25.0
 STACKS = ((256, 32, 32), (48, 128, 128), (16, 256, 256), (6, 512, 512), (6, 1024, 256))
-
-
-def in_turn(tasks: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median CPU seconds of every task, one after the other in each round."""
-    times: dict[str, list[float]] = {name: [] for name in tasks}
-    for task in tasks.values():
-        task()
-    for _ in range(rounds):
-        for name, task in tasks.items():
-            start = time.thread_time()
-            task()
-            times[name].append(time.thread_time() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def solver(

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table as RichTable
-from run import in_turn, peak_bytes
+from run import peak_bytes
+from timing import in_turn
 from torch import Tensor, nn
 
 from stiefel.nn import (

@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import statistics
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +19,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table as RichTable
+from timing import SHORT, in_turn
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
@@ -39,31 +38,7 @@ from stiefel.init.penalties import PENALTIES
 # The digits of the card, and a larger network on more of them.
 SIZES = {"1347 × 128": (1347, 128), "10000 × 390": (10_000, 390)}
 STEPS = 20
-SHORT = 0.02
-"""Seconds of one sample."""
 PENALTY_WEIGHTS = (1e3, 5e3, 1e4, 5e4, 1e5)
-
-
-def median_seconds(tasks: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median CPU seconds of every task, one after the other in each round.
-
-    Tasks below ``SHORT`` are repeated to fill it, as a training loop would: a single call measures
-    the caches that the task before it left behind.
-    """
-    times: dict[str, list[float]] = {name: [] for name in tasks}
-    repeats: dict[str, int] = {}
-    for name, task in tasks.items():
-        task()
-        start = time.thread_time()
-        task()
-        repeats[name] = max(1, round(SHORT / max(time.thread_time() - start, 1e-6)))
-    for _ in range(rounds):
-        for name, task in tasks.items():
-            start = time.thread_time()
-            for _ in range(repeats[name]):
-                task()
-            times[name].append((time.thread_time() - start) / repeats[name])
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def features(n: int, h: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,7 +76,7 @@ def fishr_rows(rounds: int) -> list[dict]:
             torch.testing.assert_close(value, wanted, rtol=1e-3, atol=0.0)
             for a, b in zip(gradients, expected, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
-        seconds = median_seconds(tasks, rounds)
+        seconds = in_turn(tasks, rounds, fill=SHORT)
         rows += [
             row(f"Fishr, {size}", peer, seconds[peer], seconds["fishr_linear"], bound)
             for peer, bound in (("BackPACK", 5.0), ("torch.func", None))
@@ -132,7 +107,7 @@ def fishr_training(rounds: int, size: str, head: nn.Linear, penalty: Callable[[]
     def ours() -> None:
         train_heads(phi, y, env, ["fishr"], [1e4], steps=STEPS)
 
-    seconds = median_seconds({"theirs": theirs, "ours": ours}, rounds)
+    seconds = in_turn({"theirs": theirs, "ours": ours}, rounds, fill=SHORT)
     what = f"training with Fishr, {size}"
     return row(what, "BackPACK", seconds["theirs"], seconds["ours"], 5.0)
 
@@ -198,8 +173,8 @@ def frozen_rows(rounds: int) -> list[dict]:
             for name, weight in grid:
                 train_heads(phi, y, env, [name], [weight], steps=STEPS)
 
-        seconds = median_seconds({"network": network, "head": head, "grid": together}, rounds)
-        one = median_seconds({"singly": singly}, 1 if n > 5000 else rounds)["singly"]
+        seconds = in_turn({"network": network, "head": head, "grid": together}, rounds, fill=SHORT)
+        one = in_turn({"singly": singly}, 1 if n > 5000 else rounds, fill=SHORT)["singly"]
         per_run = seconds["grid"] / len(grid)
         rows += [
             row(f"V-REx frozen, {size}", "full network", seconds["network"], seconds["head"], 10.0),
@@ -249,7 +224,7 @@ def other_rows(rounds: int) -> list[dict]:
     )
     rows = []
     for what, peer, theirs, ours in pairs:
-        seconds = median_seconds({"theirs": theirs, "ours": ours}, rounds)
+        seconds = in_turn({"theirs": theirs, "ours": ours}, rounds, fill=SHORT)
         rows.append(row(what, peer, seconds["theirs"], seconds["ours"], None))
     return rows
 

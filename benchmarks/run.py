@@ -12,9 +12,7 @@ import argparse
 import importlib.util
 import json
 import platform
-import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +21,7 @@ import torch
 from recorded import record
 from rich.console import Console
 from rich.table import Table as RichTable
+from timing import in_turn
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -104,19 +103,6 @@ def candidates() -> dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimiz
         # The median is that of a step without SVD.
         found["pytorch_optimizer GaLore rank=1/4, every 200"] = galore(200)
     return found
-
-
-def in_turn(tasks: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median CPU seconds of every task, one after the other in each round."""
-    times: dict[str, list[float]] = {name: [] for name in tasks}
-    for task in tasks.values():
-        task()  # allocation of state, dispatch caches
-    for _ in range(rounds):
-        for name, task in tasks.items():
-            start = time.thread_time()
-            task()
-            times[name].append(time.thread_time() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def peak_bytes(task: Callable[[], object]) -> int:

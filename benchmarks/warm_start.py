@@ -12,8 +12,6 @@ import argparse
 import copy
 import importlib.util
 import json
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
+from timing import SHORT, in_turn
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -28,8 +27,6 @@ from stiefel.init import shrink_perturb_
 from stiefel.papers import cluttered_mlp
 
 WIDTH, LAYERS = 4096, 6
-SHORT = 0.02
-"""Seconds of one sample."""
 BLOCKS = 55
 """Of four tensors each: the 220 tensors of the second comparison."""
 
@@ -49,28 +46,6 @@ def official(module: nn.Module, fresh: nn.Module, shrink: float, perturb: float)
     """Tensor by tensor, each mixed out of place and copied once more, as the authors' code does."""
     for p, q in zip(module.parameters(), fresh.parameters(), strict=True):
         p.data = copy.deepcopy(shrink * p.data + perturb * q.data)
-
-
-def in_turn(tasks: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median CPU seconds of every task, one after the other in each round.
-
-    Tasks below ``SHORT`` are repeated to fill it: a single call measures the caches that the task
-    before it left behind.
-    """
-    times: dict[str, list[float]] = {name: [] for name in tasks}
-    repeats: dict[str, int] = {}
-    for name, task in tasks.items():
-        task()
-        start = time.thread_time()
-        task()
-        repeats[name] = max(1, round(SHORT / max(time.thread_time() - start, 1e-6)))
-    for _ in range(rounds):
-        for name, task in tasks.items():
-            start = time.thread_time()
-            for _ in range(repeats[name]):
-                task()
-            times[name].append((time.thread_time() - start) / repeats[name])
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def peak_bytes(task: Callable[[], object]) -> int:
@@ -106,7 +81,7 @@ def against_copying(rounds: int) -> list[dict]:
         "official loop, network given": lambda: official(model, fresh, 0.9, 0.1),
         "official loop and new network": lambda: official(model, large(), 0.9, 0.1),
     }
-    seconds = in_turn(modes, rounds)
+    seconds = in_turn(modes, rounds, fill=SHORT)
     layer = 4 * (WIDTH * WIDTH + WIDTH)
     return [
         {
@@ -136,7 +111,7 @@ def against_the_loop(rounds: int, inputs: int) -> list[dict]:
         "noise='init' (default)": lambda: shrink_perturb_(model, 0.9, 0.1),
         "noise='gaussian'": lambda: shrink_perturb_(model, 0.9, 0.01, noise="gaussian"),
     }
-    seconds = in_turn(tasks, 3 * rounds)
+    seconds = in_turn(tasks, 3 * rounds, fill=SHORT)
     given, new = (seconds[name] for name in list(tasks)[:2])
     return [
         {
@@ -171,7 +146,7 @@ def training(rounds: int) -> dict[str, float]:
                     F.cross_entropy(net(x[0][batch]), y[0][batch]).backward()
                     optimizer.step()
 
-    seconds = in_turn({"batched": batched, "one by one": one_by_one}, rounds)
+    seconds = in_turn({"batched": batched, "one by one": one_by_one}, rounds, fill=SHORT)
     return {**seconds, "ratio": seconds["one by one"] / seconds["batched"]}
 
 

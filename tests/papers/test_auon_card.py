@@ -1,18 +1,12 @@
-import sys
-from pathlib import Path
-
 import pytest
-
-from stiefel.papers import Progress, Scale, UnavailableError, auon, get, race
-
-sys.path.insert(0, str(Path(__file__).parent))
 from card_checks import (
     check_claims_follow_the_measurements,
     check_figure,
-    check_listing_is_cheap,
     check_smoke,
     check_snippet,
 )
+
+from stiefel.papers import Progress, Scale, UnavailableError, auon, get, race
 
 
 @pytest.fixture(scope="module")
@@ -95,10 +89,6 @@ def test_figure_draws_the_bound_of_the_control(measurement):
 
 def test_snippet_runs():
     assert check_snippet("auon")["optimizer"].state
-
-
-def test_listing_is_cheap():
-    check_listing_is_cheap("auon")
 
 
 def test_metadata():

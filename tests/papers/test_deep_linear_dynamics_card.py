@@ -1,20 +1,14 @@
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-
-from stiefel.papers import Scale, UnavailableError, deep_linear_runs, get
-
-sys.path.insert(0, str(Path(__file__).parent))
 from card_checks import (
     check_claims_follow_the_measurements,
     check_figure,
-    check_listing_is_cheap,
     check_smoke,
     check_snippet,
 )
+
+from stiefel.papers import Scale, UnavailableError, deep_linear_runs, get
 
 SLUG = "deep-linear-dynamics"
 
@@ -86,10 +80,6 @@ def test_snippet_runs():
     assert names["curves"].shape == (2, 400)
     weight = names["net"][0].weight
     torch.testing.assert_close(weight @ weight.mT, torch.eye(64), rtol=0, atol=5e-6)
-
-
-def test_listing_is_cheap():
-    check_listing_is_cheap("deep_linear_dynamics")
 
 
 def test_metadata():

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from stiefel.linalg._checks import check_finite, check_floating, compute_dtype
+from stiefel.linalg.autocast import without_autocast
 from stiefel.linalg.conv_geometry import check_channels, check_dim, conv_orth_case, per_axis
 
 SIDES = ("auto", "out", "in")
@@ -39,11 +40,6 @@ def check_kernel(weight: Tensor, groups: int = 1, name: str = "weight") -> None:
     check_channels(weight.shape[0], weight.shape[1] * groups, groups)
     if not torch.compiler.is_compiling() and not weight.is_meta:
         check_finite(weight, name)
-
-
-def without_autocast(x: Tensor) -> torch.autocast:
-    """A context in which products keep the precision of their arguments."""
-    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
 
 
 def lorth(

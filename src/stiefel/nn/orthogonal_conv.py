@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from stiefel.linalg._checks import check_finite, compute_dtype
+from stiefel.linalg.autocast import without_autocast
 from stiefel.linalg.block_conv import BlockPlan, block_kernel, block_plan, cayley_convolve
 from stiefel.linalg.conv_geometry import check_channels, orthogonal_conv_exists, per_axis
-from stiefel.linalg.conv_penalty import lorth, without_autocast
+from stiefel.linalg.conv_penalty import lorth
 from stiefel.linalg.orthonormal_stack import orthonormal_stack
 from stiefel.regularize.layer_kernels import layer_kernel
 

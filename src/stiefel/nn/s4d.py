@@ -14,9 +14,10 @@ import torch
 from jaxtyping import Complex, Float, Shaped
 from torch import Tensor, nn
 
+from stiefel.linalg.autocast import without_autocast
 from stiefel.nn._long_convolution import convolve
 from stiefel.nn._vandermonde import block_length, gather, multiply
-from stiefel.nn.s4d_kernel import S4DKernel, System, without_autocast
+from stiefel.nn.s4d_kernel import S4DKernel, System
 
 MODES = ("conv", "recurrent")
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

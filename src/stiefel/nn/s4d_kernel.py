@@ -17,6 +17,7 @@ from jaxtyping import Complex, Float
 from torch import Tensor, nn
 
 from stiefel.linalg._checks import HALF_TYPES
+from stiefel.linalg.autocast import without_autocast
 from stiefel.nn._vandermonde import multiply
 from stiefel.nn.s4d_init import (
     check_discretisation,
@@ -91,11 +92,6 @@ def check_rate(rate: float | int) -> None:
     """Raise ``ValueError`` unless ``rate`` is positive and finite."""
     if not (rate > 0 and math.isfinite(rate)):
         raise ValueError(f"rate must be positive and finite, got {rate}")
-
-
-def without_autocast(x: Tensor) -> torch.autocast:
-    """A context in which operations keep the precision of their arguments."""
-    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
 
 
 def _work_dtype(x: Tensor) -> torch.dtype:

@@ -10,7 +10,7 @@ import types
 
 import pytest
 
-METHODS = ("linalg", "optim", "init", "theory", "nn", "regularize")
+METHODS = ("linalg", "optim", "init", "theory", "nn", "regularize", "checkpoint", "merge")
 HEAVY = {"torch", "numpy", "scipy", "matplotlib", "jinja2", "sklearn", "transformers", "pandas"}
 
 # What the contract between the parts promises; a home may hold more.

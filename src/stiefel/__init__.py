@@ -9,7 +9,19 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_HOMES = ("atlas", "data", "init", "linalg", "nn", "optim", "papers", "regularize", "theory")
+_HOMES = (
+    "atlas",
+    "checkpoint",
+    "data",
+    "init",
+    "linalg",
+    "merge",
+    "nn",
+    "optim",
+    "papers",
+    "regularize",
+    "theory",
+)
 
 __all__ = ["__version__", *_HOMES]
 

@@ -306,7 +306,7 @@ def _terminable() -> Iterator[None]:
 def _keep(result: RaceResult, out: Path, picture: str) -> list[Path]:
     """Write JSON and picture; the picture is left out, with a word, where matplotlib is missing."""
     from stiefel.atlas.machine import commit, machine, versions
-    from stiefel.papers.storage import write_json, write_text
+    from stiefel.storage import write_json, write_text
 
     content = {**result.to_json(), "versions": versions(), "machine": machine(), "commit": commit()}
     written = [out / "race.json"]

@@ -116,7 +116,7 @@ def test_circular_imports_end(lab):
 
 def test_stiefel_counts_for_papers_from_elsewhere(lab):
     (lab / "start.py").write_text(
-        "import stiefel.papers.storage\nfrom stiefel import __version__\n"
+        "import stiefel.storage\nfrom stiefel import __version__\n"
     )
     assert names("lab.start") == {"lab.start", "stiefel"}
 

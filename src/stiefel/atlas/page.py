@@ -22,7 +22,7 @@ from stiefel.atlas.strip import strip
 from stiefel.atlas.svg import render
 from stiefel.papers import all_papers
 from stiefel.papers.paper import Paper, Scale, Verdict
-from stiefel.papers.storage import write_text
+from stiefel.storage import write_text
 
 log = logging.getLogger(__name__)
 

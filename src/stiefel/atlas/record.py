@@ -13,7 +13,7 @@ from typing import Any
 
 from stiefel.papers.closure import code_digest, runtime
 from stiefel.papers.paper import Measurement, Paper, Scale
-from stiefel.papers.storage import write_json
+from stiefel.storage import write_json
 
 log = logging.getLogger(__name__)
 

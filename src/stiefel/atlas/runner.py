@@ -30,7 +30,7 @@ from stiefel.atlas.record import (
 from stiefel.atlas.result import Result, combine
 from stiefel.papers import all_papers, get
 from stiefel.papers.paper import Measurement, Paper, Scale
-from stiefel.papers.storage import write_text
+from stiefel.storage import write_text
 
 
 def reproduce(

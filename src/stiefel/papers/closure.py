@@ -26,7 +26,7 @@ from typing import Any
 
 # What carries a measurement from an experiment to disk, and does not change it.
 PROTOCOL = frozenset(
-    f"stiefel.papers.{name}" for name in ("paper", "progress", "storage", "closure")
+    ("stiefel.storage", *(f"stiefel.papers.{name}" for name in ("paper", "progress", "closure")))
 )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from stiefel.papers.closure import code_digest, runtime
-from stiefel.papers.storage import write_json
+from stiefel.storage import write_json
 
 Report = Callable[[float, str], None]
 Compute = Callable[[Mapping[str, Any], Report], dict[str, Any]]

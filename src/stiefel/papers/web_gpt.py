@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stiefel.papers.byte_gpt import GPT, GPTSize, Report, fit, next_token_loss
 from stiefel.papers.paper import UnavailableError
-from stiefel.papers.storage import write_json
+from stiefel.storage import write_json
 
 VARIABLE = "STIEFEL_DATA"
 FILES = ("train.bin", "val.bin")

@@ -6,8 +6,8 @@ import stat
 
 import pytest
 
-from stiefel.papers import storage
-from stiefel.papers.storage import write_json, write_text
+from stiefel import storage
+from stiefel.storage import write_json, write_text
 
 
 def test_writes_through_missing_folders_and_over_what_is_there(tmp_path):

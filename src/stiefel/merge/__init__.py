@@ -1,0 +1,3 @@
+"""Merging and adapting trained models: task arithmetic, rotations, orthogonal adapters."""
+
+__all__: list[str] = []

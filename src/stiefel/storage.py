@@ -1,4 +1,4 @@
-"""JSON on disk that is either whole or absent."""
+"""Files on disk that are either whole or absent."""
 
 from __future__ import annotations
 
@@ -12,14 +12,22 @@ from typing import Any
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` (UTF-8) so that a reader, or a crash, never sees half of it.
 
-    Missing folders are made. The text goes to a hidden temporary file beside ``path``, reaches the
-    disk, and takes the name in one step.
+    Line ends stay as they are. See :func:`write_bytes`.
+    """
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write ``content`` so that a reader, or a crash, never sees half of it.
+
+    Missing folders are made. The bytes go to a hidden temporary file beside ``path``, reach the
+    disk, and take the name in one step.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o644)  # mkstemp gives 0600; results are meant to be read

@@ -136,8 +136,10 @@ def _grown(x: Tensor, q: Tensor, axis: int, by: int) -> Tensor:
     ends = [0] * (2 * (-axis - 1))
     if q.shape[-1] == 0:
         return pad(x, [*ends, by, 0])
-    flat = x.flatten(1, -2)
-    inside = (flat @ q @ q.mT).view_as(x)
+    # Small tensors: bmm makes a third of the calls of @ here, forward and backward.
+    inside = torch.bmm(torch.bmm(x.flatten(1, -2), q), q.mT).view(x.shape)
+    if x.shape[axis] == by:  # the two do not overlap
+        return torch.cat([inside, x - inside], dim=axis)
     return pad(inside, [*ends, 0, by]) + pad(x - inside, [*ends, by, 0])
 
 

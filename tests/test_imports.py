@@ -10,7 +10,9 @@ import types
 
 import pytest
 
-METHODS = ("linalg", "optim", "init", "theory", "nn", "regularize", "checkpoint", "merge")
+METHODS = (
+    "linalg", "optim", "init", "theory", "nn", "regularize", "checkpoint", "merge", "diagnose",
+)  # fmt: skip
 HEAVY = {"torch", "numpy", "scipy", "matplotlib", "jinja2", "sklearn", "transformers", "pandas"}
 
 # What the contract between the parts promises; a home may hold more.

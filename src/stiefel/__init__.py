@@ -13,6 +13,7 @@ _HOMES = (
     "atlas",
     "checkpoint",
     "data",
+    "diagnose",
     "init",
     "linalg",
     "merge",

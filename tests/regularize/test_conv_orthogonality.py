@@ -1,4 +1,8 @@
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -183,3 +187,24 @@ def test_mixed_precision():
     assert float(mixed.detach()) == pytest.approx(value, rel=0.02)
     with torch.autocast("cpu", torch.bfloat16):
         assert float(OrthogonalityPenalty(net())().detach()) == pytest.approx(value, rel=1e-5)
+
+
+def test_weights_shared_by_two_ranks(tmp_path):
+    script = Path(__file__).with_name("conv_orthogonality_sharded.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(rank), str(tmp_path)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        for rank in ranks:
+            out, errors = rank.communicate(timeout=120)
+            assert rank.returncode == 0, errors[-3000:]
+            assert out.strip().endswith("ok")
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()

@@ -33,6 +33,13 @@ MODULES = (
     "permutation_learning",
     "deep_linear_dynamics",
     "s4d",
+    "ptd",
+    "orthogonal_conv",
+    "poincare_resnet",
+    "lambda_orthogonality",
+    "orthoreg",
+    "orthomerge",
+    "orthogonal_adaptation",
 )
 
 

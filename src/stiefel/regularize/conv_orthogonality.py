@@ -47,6 +47,9 @@ class OrthogonalityPenalty:
     Padding does not enter. With circular padding L_orth = 0 makes the layer orthogonal; padded with
     zeros its singular values are at most 1, but those of the border are below.
 
+    Weights that ranks share as DTensors (FSDP2) are gathered for it: all ranks must call, and each
+    gets the whole value and the gradient of its own shard.
+
     Args:
         model: Where the layers are; weights are read at each call.
         lam: λ ≥ 0.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,14 +38,31 @@ class LayerKernel:
         return any(k > s for k, s in zip(self.kernel_size, self.stride, strict=True))
 
     def weight(self) -> Tensor:
-        """The kernel ``[M, C/groups, *k]`` as it is now."""
+        """The kernel ``[M, C/groups, *k]`` as it is now.
+
+        Of a DTensor (as ``fully_shard`` leaves it) the whole kernel on every rank, which is a
+        collective; its gradient goes back into the shards.
+        """
         weight: Any = self.module.weight
+        if _is_dtensor(weight):
+            weight = weight.full_tensor()
         return weight[..., None] if isinstance(self.module, nn.Linear) else weight
 
     def assign(self, kernel: Tensor) -> None:
-        """Write a kernel ``[M, C/groups, *k]`` into the layer's weight."""
+        """Write a kernel ``[M, C/groups, *k]`` into the layer's weight; rank 0's into a DTensor."""
         weight: Any = self.module.weight
-        weight.copy_(kernel.reshape(weight.shape))
+        kernel = kernel.reshape(weight.shape).to(weight.dtype)
+        if _is_dtensor(weight):
+            from torch.distributed.tensor import distribute_tensor
+
+            kernel = distribute_tensor(kernel, weight.device_mesh, weight.placements)
+        weight.copy_(kernel)
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
+    """Whether it is a DTensor; never imports what nobody has imported."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def layer_kernel(module: nn.Module, name: str = "layer") -> LayerKernel:

@@ -12,6 +12,7 @@ import pytest
 
 METHODS = (
     "linalg", "optim", "init", "theory", "nn", "regularize", "checkpoint", "merge", "diagnose",
+    "numerics",
 )  # fmt: skip
 HEAVY = {"torch", "numpy", "scipy", "matplotlib", "jinja2", "sklearn", "transformers", "pandas"}
 

@@ -18,6 +18,7 @@ _HOMES = (
     "linalg",
     "merge",
     "nn",
+    "numerics",
     "optim",
     "papers",
     "regularize",

@@ -1,0 +1,1 @@
+"""Numerical methods in the style of NumPy, SciPy and scikit-learn."""

@@ -1,34 +1,52 @@
 """Counts of |w| in bins that need no logarithm: the leading bits of the number itself.
 
-The bit pattern of a non-negative float grows with its value, so its first sixteen bits are a bin
-index. One pass, no transcendental function, 32,768 counters, and histograms of parts add up to the
+The bit pattern of a non-negative float grows with its value, so sixteen bits of it are a bin index.
+One pass, no transcendental function, 32,768 counters, and histograms of parts add up to the
 histogram of the whole: over chunks, shards or ranks. For bfloat16 and float16 sixteen bits are all
-there is, and nothing is lost.
+there is, and nothing is lost; float32 is rounded to bfloat16, so that a bin is centred on its
+number and 0.8 % wide at most.
 """
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 KEYS = 2**15
-# Elements at a time: keys and magnitudes of a chunk stay in cache.
-CHUNK = 2**19
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# Elements at a time: keys of a chunk stay in cache, and the counters are not cleared too often.
+CHUNK = 2**20
+_KEY_TYPES = {torch.float32: torch.bfloat16, torch.float64: torch.bfloat16}
+_HALF = (torch.bfloat16, torch.float16)
 
 
 class NonFiniteError(ValueError):
     """Weights hold NaN or infinity, so their distribution says nothing."""
 
 
+@cache
 def _grid(dtype: torch.dtype) -> Tensor:
-    """Magnitudes of all keys of a dtype, float64 ``[32768]``; NaN where a key is not finite."""
-    keys = torch.arange(KEYS, dtype=torch.int32)
-    if dtype == torch.float32:
-        return (keys << 16).view(torch.float32).double()
-    return keys.to(torch.int16).view(dtype).double()
+    """Magnitudes of all keys of a half type, float64 ``[32768]``; not finite at the end."""
+    return torch.arange(KEYS, dtype=torch.int32).to(torch.int16).view(dtype).double()
+
+
+class _Rooms(threading.local):
+    """Space for the keys of a chunk, kept per thread: fresh pages cost as much as counting."""
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+
+_rooms = _Rooms()
+
+
+def _room(dtype: torch.dtype, device: torch.device) -> Tensor:
+    if (dtype, device) not in _rooms.kept:
+        _rooms.kept[dtype, device] = torch.empty(CHUNK, dtype=dtype, device=device)
+    return _rooms.kept[dtype, device]
 
 
 @dataclass
@@ -36,8 +54,9 @@ class MagnitudeCounts:
     """A mergeable histogram of |w|.
 
     Attributes:
-        dtype: float32, bfloat16 or float16: whose bits the keys are. float64 is counted as float32.
-        counts: int64 ``[32768]``, by the leading bits of |w|.
+        dtype: bfloat16 or float16: whose bits the keys are. float32 and float64 are counted as
+            bfloat16.
+        counts: int64 ``[32768]``, by the bits of |w|.
     """
 
     dtype: torch.dtype
@@ -50,14 +69,13 @@ class MagnitudeCounts:
         Raises:
             TypeError: not a floating-point type, or one of eight bits (dequantise first).
         """
-        if dtype == torch.float64:
-            dtype = torch.float32
-        if dtype not in _FLOATS:
+        if dtype not in _HALF and dtype not in _KEY_TYPES:
             raise TypeError(
                 f"weights must be float64, float32, bfloat16 or float16, got {dtype}; quantised "
                 "weights have to be dequantised first"
             )
-        return cls(dtype, torch.zeros(KEYS, dtype=torch.int64, device=device))
+        key = _KEY_TYPES.get(dtype, dtype)
+        return cls(key, torch.zeros(KEYS, dtype=torch.int64, device=device))
 
     def update(self, weights: Tensor) -> MagnitudeCounts:
         """Count the entries of a tensor of any shape; returns itself.
@@ -65,16 +83,21 @@ class MagnitudeCounts:
         Raises:
             TypeError: a dtype that cannot be counted under these keys.
         """
-        same = weights.dtype == self.dtype
-        if not same and not (weights.dtype == torch.float64 and self.dtype == torch.float32):
+        if _KEY_TYPES.get(weights.dtype, weights.dtype) != self.dtype:
             raise TypeError(f"these counts are of {self.dtype}, got {weights.dtype}")
         flat = weights.detach().reshape(-1)
+        room = _room(self.dtype, flat.device)
+        first_bad = self._first_bad
         for part in flat.split(CHUNK):
-            if self.dtype == torch.float32:
-                keys = part.to(torch.float32).view(torch.int32).bitwise_right_shift(16)
-            else:
-                keys = part.view(torch.int16)
-            self.counts += torch.bincount(keys.bitwise_and(KEYS - 1), minlength=KEYS)
+            keys = room[: len(part)].copy_(part).view(torch.int16)
+            found = torch.bincount(keys.bitwise_and_(KEYS - 1), minlength=KEYS)
+            bad = int(found[first_bad:].sum())
+            if bad and weights.dtype not in _HALF:
+                # The largest numbers round up to infinity; they are finite all the same.
+                rounded = bad - int((~part.isfinite()).sum())
+                found[first_bad] -= rounded
+                found[first_bad - 1] += rounded
+            self.counts += found
         return self
 
     def __add__(self, other: MagnitudeCounts) -> MagnitudeCounts:
@@ -99,30 +122,14 @@ class MagnitudeCounts:
 
     @property
     def zeros(self) -> int:
-        """Entries that are 0; of float32 also those below 2⁻¹³³."""
+        """Entries that are 0; of float32 also those below 2⁻¹³⁴."""
         return int(self.counts[0])
 
     def bins(self) -> tuple[Tensor, Tensor]:
-        """Representative magnitude and count of the bins that hold finite non-zero entries.
-
-        For float32 the middle of a bin, for the half types the number itself. Both float64,
-        ascending.
-        """
-        grid = _grid(self.dtype)
-        if self.dtype == torch.float32:
-            values = (grid[1 : self._first_bad] + _upper(grid, self._first_bad)) / 2
-        else:
-            values = grid[1 : self._first_bad]
+        """Magnitude and count of the bins that hold finite non-zero entries; float64, ascending."""
         counts = self.counts[1 : self._first_bad].cpu()
-        seen = counts > 0
-        return values[seen], counts[seen].double()
-
-
-def _upper(grid: Tensor, first_bad: int) -> Tensor:
-    """Upper edges of the keys from 1 on; the last is the largest finite number."""
-    upper = grid[2 : first_bad + 1].clone()
-    upper[-1] = torch.finfo(torch.float32).max
-    return upper
+        seen = counts.nonzero().flatten()
+        return _grid(self.dtype)[1:][seen], counts[seen].double()
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,13 @@ while their histogram of overlaps is drawn from a sample of rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +49,7 @@ def diagnose(
     rules: Iterable[Rule] = (),
     trim: float | int = TRIM,
     sample_rows: int = SAMPLE_ROWS,
+    threads: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Fit every matrix of a model and measure its embeddings.
@@ -55,6 +60,7 @@ def diagnose(
         rules: Own rules from names to kinds, searched first.
         trim: Part of the mass that the Weibull line goes through.
         sample_rows: Rows of an embedding whose overlaps are drawn as a histogram.
+        threads: How many tensors are counted at a time; None: as many as there are cores, up to 4.
         progress: Called with the part done (by bytes) and the tensor at hand.
 
     Raises:
@@ -67,40 +73,25 @@ def diagnose(
         total = sum(tensors.nbytes(name) for name in tensors.names) or 1
         if not tensors.names:
             raise ValueError(f"{tensors.label} has no tensors")
+        look = partial(
+            _analyse, tensors, rules=tuple(rules), split=split_qkv, trim=trim, sample=sample_rows
+        )
         matrices: list[MatrixRow] = []
         embeddings: list[EmbeddingRow] = []
         problems: dict[str, str] = {}
         skipped, done = 0, 0
-        rules = tuple(rules)
-        for name in tensors.names:
-            if progress is not None:
-                progress(done / total, name)
-            done += tensors.nbytes(name)
-            component = classify_name(name, rules)
-            shape = tensors.shape(name)
-            if not is_matrix(component.kind, shape):
-                skipped += 1
-                continue
-            if tensors.dtype(name) not in _FLOATS:
-                if tensors.dtype(name).is_floating_point:
-                    kind = str(tensors.dtype(name)).removeprefix("torch.")
-                    problems[name] = f"{kind} is quantised; dequantise it first"
-                else:
-                    skipped += 1
-                continue
-            pieces = [Piece(component.kind)]
-            if split_qkv:
-                pieces = split_fused(name, component.kind, shape, tensors.config) or pieces
-            try:
-                rows = _fit(tensors, name, pieces, component.block, trim)
-                tall = len(shape) == 2 and shape[0] > shape[1]
-                whole = not any(row.nonfinite for row in rows)
-                if component.kind in EMBEDDINGS and tall and whole:
-                    embeddings.append(_embedding(tensors, name, component.kind, sample_rows))
-            except (CheckpointError, ValueError) as error:
-                problems[name] = str(error)
-                continue
-            matrices += rows
+        # Counting is one thread's work and leaves the interpreter free. Ten names ahead at most, so
+        # that an interruption is answered soon.
+        with ThreadPoolExecutor(threads or min(4, os.cpu_count() or 1)) as pool:
+            for name, found in zip(tensors.names, _ahead(pool, look, tensors.names), strict=True):
+                if progress is not None:
+                    progress(done / total, name)
+                done += tensors.nbytes(name)
+                matrices += found.rows
+                embeddings += found.embeddings
+                skipped += found.skipped
+                if found.problem:
+                    problems[name] = found.problem
         if progress is not None:
             progress(1.0, "")
         summary = summarise(matrices)
@@ -116,6 +107,64 @@ def diagnose(
             problems=problems,
             skipped=skipped,
         )
+
+
+class _Found(NamedTuple):
+    """What one tensor gave."""
+
+    rows: list[MatrixRow]
+    embeddings: list[EmbeddingRow]
+    problem: str = ""
+    skipped: bool = False
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, look: Callable[[str], _Found], names: list[str], most: int = 10
+) -> Iterator[_Found]:
+    """``map`` in order that never has more than ``most`` calls waiting."""
+    waiting: deque[Future[_Found]] = deque()
+    try:
+        for name in names:
+            waiting.append(pool.submit(look, name))
+            if len(waiting) == most:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def _analyse(
+    tensors: Source,
+    name: str,
+    *,
+    rules: tuple[Rule, ...],
+    split: bool,
+    trim: float | int,
+    sample: int,
+) -> _Found:
+    component = classify_name(name, rules)
+    shape, dtype = tensors.shape(name), tensors.dtype(name)
+    if not is_matrix(component.kind, shape):
+        return _Found([], [], skipped=True)
+    if dtype not in _FLOATS:
+        if not dtype.is_floating_point:
+            return _Found([], [], skipped=True)
+        kind = str(dtype).removeprefix("torch.")
+        return _Found([], [], f"{kind} is quantised; dequantise it first")
+    pieces = [Piece(component.kind)]
+    if split:
+        pieces = split_fused(name, component.kind, shape, tensors.config) or pieces
+    try:
+        rows = _fit(tensors, name, pieces, component.block, trim)
+        spaces = []
+        tall = len(shape) == 2 and shape[0] > shape[1]
+        if component.kind in EMBEDDINGS and tall and not any(row.nonfinite for row in rows):
+            spaces.append(_embedding(tensors, name, component.kind, sample))
+    except (CheckpointError, ValueError) as error:
+        return _Found([], [], str(error))
+    return _Found(rows, spaces)
 
 
 def _fit(

@@ -72,21 +72,29 @@ class Files(Source):
 
 
 class Memory(Source):
-    """Tensors that are in memory anyway."""
+    """Tensors that are in memory anyway, or that their mapping makes when asked for."""
 
     def __init__(
         self, tensors: Mapping[str, Tensor], label: str, config: Mapping[str, Any] | None
     ) -> None:
         self.tensors, self.label, self.config = tensors, label, config
         self.names = list(tensors)
+        self._kinds: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+
+    def _kind(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype; asked for often, and making the tensor may take long."""
+        if name not in self._kinds:
+            tensor = self.tensors[name]
+            self._kinds[name] = tuple(tensor.shape), tensor.dtype
+        return self._kinds[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """See :class:`Source`."""
-        return tuple(self.tensors[name].shape)
+        return self._kind(name)[0]
 
     def dtype(self, name: str) -> torch.dtype:
         """See :class:`Source`."""
-        return self.tensors[name].dtype
+        return self._kind(name)[1]
 
     def chunks(self, name: str) -> Iterator[Tensor]:
         """See :class:`Source`."""

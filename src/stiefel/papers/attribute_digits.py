@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -74,10 +75,8 @@ class Lab:
 
 def generator(seed: int, *stream: int) -> torch.Generator:
     """A generator of its own for every tuple of small non-negative numbers."""
-    mixed = seed
-    for part in stream:
-        mixed = mixed * 1009 + part + 1
-    return torch.Generator().manual_seed(mixed)
+    mixed = np.random.SeedSequence(seed, spawn_key=stream).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(mixed) >> 1)
 
 
 def make_lab(

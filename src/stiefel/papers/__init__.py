@@ -40,6 +40,9 @@ MODULES = (
     "orthoreg",
     "orthomerge",
     "orthogonal_adaptation",
+    "weibull_diagnostics",
+    "representational_capacity",
+    "cylindrical_steering",
 )
 
 

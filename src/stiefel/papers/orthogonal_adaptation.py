@@ -27,11 +27,12 @@ if TYPE_CHECKING:
 # Labs (split, base and heads of their own) a seed: one lab's gain scatters by about a point.
 LABS = 10
 STYLES = {
-    "lora": ("LoRA", GREY, "o"),
-    "same": ("one B for all", ORANGE, "s"),
-    "gaussian": ("Gaussian B", VIOLET, "v"),
-    "columns": ("random columns", BLUE, "o"),
-    "slots": ("slots", GREEN, "D"),
+    "lora": ("LoRA", GREY, "o", "-"),
+    "lora fast": ("LoRA, rate × 3", GREY, "o", ":"),
+    "same": ("one B for all", ORANGE, "s", "-"),
+    "gaussian": ("Gaussian B", VIOLET, "v", "-"),
+    "columns": ("random columns", BLUE, "o", "-"),
+    "slots": ("slots", GREEN, "D", "-"),
 }
 # Share of columns that two adapters have in common; random ones: r / m, mean of both matrices.
 OVERLAP = {"slots": 0.0, "columns": (8 / 64 + 8 / 128) / 2, "half": 0.5, "same": 1.0}
@@ -42,16 +43,21 @@ NOTES = (
         "1,797 digits; trunk 64 – 128 – 128 trained on the ten classes, five questions with frozen "
         "random heads. Adapters of rank 8 on both matrices, 200 Adam steps, A at 3e-3; LoRA trains "
         "A and B at 1e-3. A seed has ten labs (split, base and heads of its own); every number of "
-        "a lab is a mean over four draws of columns, starts and training orders and over all "
+        "a lab is a mean over three draws of columns, starts and training orders and over all "
         "subsets of K questions. Nothing is tuned here, λ is the paper's."
     ),
     (
-        "With two adapters there is no gain over one B for all (dashed lines and K = 2 in the last "
-        "panel): freezing B brings that much. Disjoint columns pay from three on."
+        "With two adapters there is no gain over one B for all (K = 2 in the last panel is flat). "
+        "Different columns pay from three on."
     ),
     (
-        "Small steps matter. With A at 1e-2 orthogonality did not help: five merged gave 64.3, one "
-        "B for all 65.0, LoRA 70.3 (five seeds, λ = 0.6, measured beside this card)."
+        "Much of this hangs on rates. LoRA at the frozen methods' own rate, 3e-3 (dotted), answers "
+        "2 points better than random columns when three are merged. What it loses is the base: "
+        "its ten digits are 12 points worse. At 1e-2 (five labs, two draws) three "
+        "LoRAs gave 90.2 % and 60.7 % of the digits, random columns 77.8 % and 56.3 %, one B for "
+        "all 78.3 % and 54.5 %: with large steps orthogonality did not help at all. At 1e-3 the "
+        "frozen methods learn less and forget less (82.0 % and 93.7 %, one B for all 82.2 % and "
+        "92.4 %)."
     ),
     (
         "Random columns share r² / m of them with another adapter on average, just what a Gaussian "
@@ -68,7 +74,7 @@ NOTES = (
 
 
 def experiment(scale: Scale, seed: int, progress: Progress) -> Measurement:
-    """Train five adapters by each of six methods, merge every subset, on five labs."""
+    """Train five adapters by each of seven methods, merge every subset, on ten labs."""
     if scale is Scale.PAPER:
         raise UnavailableError(
             "the paper scale needs a CUDA device, Stable Diffusion 1.5 with a CLIP and a face "
@@ -88,30 +94,36 @@ def experiment(scale: Scale, seed: int, progress: Progress) -> Measurement:
         """Random columns minus ``other`` with K = k adapters, one a lab."""
         return [r["columns"][kind][k - 1] - r[other][kind][k - 1] for r in results]
 
-    over_same = gains("same", "task", 3)
+    over_lora, over_same = gains("lora", "task", 3), gains("same", "task", 3)
     metrics = {
-        "gain": fmean(gains("lora", "task", 3)),
-        "least_gain": min(gains("lora", "task", 3)),
+        "gain": fmean(over_lora),
+        "least_gain": min(over_lora),
+        "labs_ahead": sum(gain > 0 for gain in over_lora) / labs,
         "base_gain": fmean(gains("lora", "base", 3)),
         "gain_of_five": fmean(gains("lora", "task", 5)),
         "alone": fmean(gains("lora", "task", 1)),
         "gain_over_same": fmean(over_same),
-        "labs_over_same": sum(gain > 0 for gain in over_same) / len(over_same),
+        "labs_over_same": sum(gain > 0 for gain in over_same) / labs,
         "gain_of_two_over_same": fmean(gains("same", "task", 2)),
+        "gain_over_fast": fmean(gains("lora fast", "task", 3)),
+        "base_gain_over_fast": fmean(gains("lora fast", "base", 3)),
         "gain_over_gaussian": fmean(gains("gaussian", "task", 3)),
         "crosstalk_slots": max(r["slots"]["largest_crosstalk"] for r in results),
     }
     for method in METHODS:
         if method != "slots":
-            metrics[f"crosstalk_{method}"] = fmean(r[method]["crosstalk"] for r in results)
+            metrics[f"crosstalk_{method.replace(' ', '_')}"] = fmean(
+                r[method]["crosstalk"] for r in results
+            )
         for kind in ("task", "base"):
             for k in SIZES:
                 value = fmean(r[method][kind][k - 1] for r in results)
-                metrics[f"{kind}_{method}_{k}"] = value
+                metrics[f"{kind}_{method.replace(' ', '_')}_{k}"] = value
     series = {"K": [float(k) for k in SIZES]}
     for method in METHODS:
         for kind in ("task", "base"):
-            series[f"{kind} {method}"] = [metrics[f"{kind}_{method}_{k}"] for k in SIZES]
+            name = f"{kind}_{method.replace(' ', '_')}"
+            series[f"{kind} {method}"] = [metrics[f"{name}_{k}"] for k in SIZES]
     progress(1.0, f"three merged: {metrics['gain']:+.1f} points over LoRA")
     config = {**common, "labs": labs, "sha256": results[0]["sha256"]}
     return Measurement(seed, metrics, series, config)
@@ -131,12 +143,12 @@ def figure(measurements: Sequence[Measurement]) -> Figure:
 
 def _draw_sizes(ax: Axes, measurements: Sequence[Measurement], kind: str) -> None:
     sizes = mean_series(measurements, "K")
-    for method, (label, colour, marker) in STYLES.items():
+    for method, (label, colour, marker, line) in STYLES.items():
         for m in measurements:
             ax.plot(sizes, m.series[f"{kind} {method}"], color=colour, linewidth=0.6, alpha=0.35)
         mean = mean_series(measurements, f"{kind} {method}")
         ax.plot(
-            sizes, mean, color=colour, marker=marker, markersize=3.5, linewidth=1.4, label=label
+            sizes, mean, line, color=colour, marker=marker, markersize=3, linewidth=1.4, label=label
         )
     ax.set_xticks(sizes, [f"{k:.0f}" for k in sizes])
     ax.set_xlabel("adapters merged K (λ = 0.6)")
@@ -151,12 +163,21 @@ def _draw_overlap(ax: Axes, measurements: Sequence[Measurement]) -> None:
         for m in measurements:
             each = [m.metrics[f"task_{method}_{k}"] for method in OVERLAP]
             ax.plot(shares, each, color=colour, linewidth=0.6, alpha=0.35)
-        ax.plot(shares, values, color=colour, marker=marker, markersize=3.5, label=f"K = {k}")
+        ax.plot(shares, values, color=colour, marker=marker, markersize=3.5)
+        ax.annotate(
+            f"K = {k}",
+            (shares[-1], values[-1]),
+            xytext=(0, 5),
+            textcoords="offset points",
+            ha="right",
+            fontsize=7,
+        )
         lora = fmean(m.metrics[f"task_lora_{k}"] for m in measurements)
         ax.axhline(lora, color=colour, linewidth=0.9, linestyle=(0, (4, 3)))
-    ax.set_xlabel("share of common columns (dashes: LoRA)")
+    low, high = ax.get_ylim()
+    ax.set_ylim(low, high + 0.05 * (high - low))  # room for the upper label
+    ax.set_xlabel("common columns (dashes: LoRA)")
     title(ax, "merged questions, %")
-    legend(ax)
 
 
 paper = Paper(
@@ -180,9 +201,9 @@ paper = Paper(
     ),
     others=(
         Claim(
-            "and better on every lab (the smallest gain of ten)",
-            metric="least_gain",
-            at_least=0.0,
+            "and better on every lab (share of labs)",
+            metric="labs_ahead",
+            at_least=1.0,
         ),
         Claim(
             "and forget at least 6 points less of what the base knew (accuracy on the ten digits)",

@@ -20,6 +20,7 @@ from stiefel.linalg.hippo_ptd import fourier_noise as fourier_noise
 from stiefel.linalg.hippo_ptd import hippo_ptd as hippo_ptd
 from stiefel.linalg.hippo_ptd import legs_transfer as legs_transfer
 from stiefel.linalg.hippo_ptd import spike_frequencies as spike_frequencies
+from stiefel.nn import poincare as poincare
 from stiefel.nn.lipschitz import certified_lipschitz as certified_lipschitz
 from stiefel.nn.orthogonal_conv import BlockOrthogonal as BlockOrthogonal
 from stiefel.nn.orthogonal_conv import OrthogonalConv1d as OrthogonalConv1d

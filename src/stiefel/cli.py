@@ -15,6 +15,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stiefel import __version__
+from stiefel.cli_diagnose import EXAMPLES as DIAGNOSE_EXAMPLES
+from stiefel.cli_diagnose import HELP as DIAGNOSE_HELP
+from stiefel.cli_diagnose import diagnose
+from stiefel.cli_merge import EXAMPLES as MERGE_EXAMPLES
+from stiefel.cli_merge import HELP as MERGE_HELP
+from stiefel.cli_merge import merge
 from stiefel.cli_options import JsonOption, fail, seed_list
 from stiefel.cli_race import EXAMPLES, HELP, race
 
@@ -245,6 +251,18 @@ app.command(
     epilog=EXAMPLES,
     short_help="Which optimizer for your model? All of them under one protocol.",
 )(race)
+
+
+app.command(
+    help=MERGE_HELP,
+    epilog=MERGE_EXAMPLES,
+    short_help="Merge fine-tuned models as a recipe says, streaming from disk to disk.",
+)(merge)
+app.command(
+    help=DIAGNOSE_HELP,
+    epilog=DIAGNOSE_EXAMPLES,
+    short_help="What a checkpoint's weights tell, without data: a report as table, page or JSON.",
+)(diagnose)
 
 
 @app.command(epilog="Example: [bold]stiefel atlas --results results --out build/atlas --open[/]")

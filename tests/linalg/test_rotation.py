@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stiefel.linalg import procrustes, procrustes_rotation
-from stiefel.linalg import rotation as module
 from stiefel.linalg.rotation import (
     SingularCayleyError,
     cayley,

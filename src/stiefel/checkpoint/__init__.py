@@ -3,4 +3,9 @@
 Nothing here unpickles, and no file is ever held in memory whole.
 """
 
-__all__: list[str] = []
+from stiefel.checkpoint.errors import CheckpointError as CheckpointError
+from stiefel.checkpoint.header import TensorInfo as TensorInfo
+from stiefel.checkpoint.reader import Checkpoint as Checkpoint
+from stiefel.checkpoint.writer import CheckpointWriter as CheckpointWriter
+
+__all__ = ["Checkpoint", "CheckpointError", "CheckpointWriter", "TensorInfo"]

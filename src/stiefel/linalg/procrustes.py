@@ -83,7 +83,9 @@ def procrustes_rotation(
     elif null == "closest" and 2 * s.shape[-2] < s.shape[-1]:
         # R - I lives in the span of the rows of both, of dimension 2 out at most.
         basis = torch.linalg.qr(torch.cat([s.mT, t.mT], dim=-1)).Q
-        small = rotation_from_product((s @ basis).mT @ (t @ basis), proper, null, rtol, polar, source.dtype)
+        small = rotation_from_product(
+            (s @ basis).mT @ (t @ basis), proper, null, rtol, polar, source.dtype
+        )
         eye = torch.eye(s.shape[-1], dtype=work, device=s.device)
         rotation = eye + basis @ (small - _eye_like(small)) @ basis.mT
     else:

@@ -20,7 +20,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stiefel.linalg._checks import (
-    check_finite,
     check_orthogonal,
     check_skew,
     check_square,

@@ -43,6 +43,8 @@ MODULES = (
     "weibull_diagnostics",
     "representational_capacity",
     "cylindrical_steering",
+    "online_dictionary",
+    "dpp_least_squares",
 )
 
 

@@ -19,7 +19,7 @@ HEAVY = {"torch", "numpy", "scipy", "matplotlib", "jinja2", "sklearn", "transfor
 # What the contract between the parts promises; a home may hold more.
 PROMISED = {
     "linalg": "newton_schulz polar cayley inverse_cayley rotation_exp rotation_log skew "
-    "procrustes_rotation haar dct idct dct_matrix orthogonality_error",
+    "procrustes_rotation haar dct idct dct_matrix orthogonality_error ptd_diagonalize",
     "optim": "Muon NorMuon RMNP ROOT AuON HybridAuON ARO Trion DCTAdamW split_parameters "
     "describe_groups race normuon_direction rmnp_direction auon_direction soft_clip "
     "fit_coefficients row_dominance sinkhorn_normalize shifted_cholesky_qr ColumnSelector",
@@ -29,8 +29,18 @@ PROMISED = {
     "theory": "mode_curve mode_time task_modes critical_gain DeepLinearSimulator effective_rank "
     "LazinessProbe tangent_kernel kernel_alignment CTRNN ntk_relu permutation_moments "
     "ensemble_size PermutationEnsemble",
-    "nn": "S4D S4DKernel S4DClassifier hippo_legs OrthogonalConv2d lorth orthogonal_conv_exists",
-    "regularize": "OrthogonalityPenalty",
+    "nn": "S4D S4DKernel S4DClassifier S4PTD S5 hippo_legs hippo_ptd associative_scan "
+    "OrthogonalConv2d lorth orthogonal_conv_exists poincare",
+    "regularize": "OrthogonalityPenalty OrthoReg orthoreg_loss orthoreg_loss_lowrank "
+    "lambda_orthogonality LambdaOrthogonality",
+    "merge": "orthomerge merge_rotations merge_oft_adapters linear slerp task_arithmetic ties dare "
+    "merge TaskVector disentanglement_error select_alpha OrthogonalAdapter add_orthogonal_adapters "
+    "merge_adapters crosstalk shared_basis free_slots CompatibleAdapter retrieval_metrics "
+    "backfill_order backfill_curve",
+    "diagnose": "diagnose Report weibull_fit weibull_fit_counts half_normal_anchor classify_k "
+    "training_clock compare_to_reference cosine_moments accepted_deviation capacity min_dimension "
+    "worst_case_overlap pack_directions fit_capacity welch_bound ConceptCylinder",
+    "checkpoint": "Checkpoint CheckpointError CheckpointWriter TensorInfo",
     "papers": "all_papers get Paper Claim Measurement Verdict Scale",
     "atlas": "reproduce build_page",
 }

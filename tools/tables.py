@@ -1,8 +1,9 @@
-"""Write the tables of verdicts in README.md and docs/results.md from results/.
+"""Write the tables of verdicts in README.md and docs/results.md, and pictures, from results/.
 
     python tools/tables.py
 
-They stand between ``<!-- verdicts -->`` and ``<!-- end of verdicts -->``; a test compares them.
+They stand between ``<!-- verdicts -->`` and ``<!-- end of verdicts -->``; a test compares them. The
+pictures are the figures of the cards, as docs/NAME.svg.
 """
 
 from __future__ import annotations
@@ -13,8 +14,20 @@ from pathlib import Path
 
 from stiefel.atlas.record import load_all
 from stiefel.atlas.result import Result, combine, plus_minus
-from stiefel.papers import Judgement, Scale, all_papers
+from stiefel.papers import Judgement, Scale, all_papers, get
 
+# docs/NAME.svg: the figure of which paper.
+PICTURES = {
+    "adapters": "orthogonal-adaptation",
+    "compatible": "lambda-orthogonality",
+    "designs": "dpp-least-squares",
+    "dictionary": "online-dictionary",
+    "orthogonal_conv": "orthogonal-conv",
+    "orthomerge": "orthomerge",
+    "poincare": "poincare-resnet",
+    "s5": "ptd",
+    "steering": "cylindrical-steering",
+}
 ROOT = Path(__file__).resolve().parent.parent
 PLACE = re.compile(r"(?<=<!-- verdicts -->\n).*?(?=<!-- end of verdicts -->)", re.DOTALL)
 HEAD = "| paper | claim | measured | bound | verdict |\n|---|---|---|---|---|\n"
@@ -28,6 +41,18 @@ def results() -> list[Result]:
         if records:
             found.append(combine(paper, Scale.LAPTOP, records))
     return found
+
+
+def draw(folder: Path) -> None:
+    """Every picture whose paper has results, as SVG on white, the same bytes for the same data."""
+    import matplotlib as mpl
+
+    for name, slug in PICTURES.items():
+        records = load_all(ROOT / "results", slug, Scale.LAPTOP)
+        if records:
+            figure = get(slug).figure([record.measurement for record in records])
+            with mpl.rc_context({"svg.hashsalt": name}):
+                figure.savefig(folder / f"{name}.svg", facecolor="white", metadata={"Date": None})
 
 
 def row(slug: str, judgement: Judgement, *, bold: bool) -> str:
@@ -51,7 +76,7 @@ def tables() -> dict[str, str]:
 
 
 def main() -> int:
-    """Write both."""
+    """Write the tables, draw the pictures."""
     for name, table in tables().items():
         path = ROOT / name
         text = path.read_text(encoding="utf-8")
@@ -60,6 +85,7 @@ def main() -> int:
             print(f"{name} has {places} places for the verdicts, not one", file=sys.stderr)
             return 1
         path.write_text(changed, encoding="utf-8")
+    draw(ROOT / "docs")
     return 0
 
 

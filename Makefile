@@ -6,7 +6,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .SILENT:
-.PHONY: help run test lint format bench atlas install constraints wheel clean distclean
+.PHONY: help run test lint format bench atlas install weights constraints wheel clean distclean
 
 # The first Python that starts runs the set-up, which looks for a newer one where that is too old.
 # Running it is the test: version managers leave shims on PATH for versions that are switched off.
@@ -21,10 +21,10 @@ help: ## Show this
 	printf '  %-12s %s\n' "$$target" "$$text"; done
 
 run: ## Check every paper's claim here (PAPERS="rmnp s4d": some) and build the page of results
-	$(call in_venv,-m stiefel reproduce $(PAPERS) --scale laptop --out build/results --page build/atlas $(ARGS))
+	$(call in_venv,--weights -m stiefel reproduce $(PAPERS) --scale laptop --out build/results --page build/atlas $(ARGS))
 
 test: ## Linters, import contracts, types and tests (ARGS="tests/linalg -k polar": some tests)
-	$(call in_venv,tools/check.py $(ARGS))
+	$(call in_venv,--weights tools/check.py $(ARGS))
 
 lint: ## The same without the tests
 	$(call in_venv,tools/check.py --lint)
@@ -41,6 +41,9 @@ atlas: ## Build the page again from the results that are there
 
 install: ## Only set .venv up
 	$(call in_venv,)
+
+weights: ## Set .venv up with the pretrained weights that some cards read (260 MB)
+	$(call in_venv,--weights)
 
 constraints: ## Move constraints.txt to the newest releases (torch stays)
 	$(call in_venv,tools/constraints.py)

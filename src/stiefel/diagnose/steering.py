@@ -10,7 +10,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -21,7 +21,6 @@ from stiefel.linalg._checks import check_finite, check_floating
 if TYPE_CHECKING:
     from stiefel.diagnose.cylinder import ConceptCylinder
 
-Positions = Literal["all", "prompt", "last", "generated"] | slice
 NAMED = ("all", "prompt", "last", "generated")
 SITES = ("input", "output")
 
@@ -58,10 +57,10 @@ class steer(contextlib.AbstractContextManager):
         self,
         module: nn.Module,
         vector: Tensor,
-        positions: Positions = "all",
-        scale: float = 1.0,
+        positions: str | slice = "all",
+        scale: float | int = 1.0,
         *,
-        site: Literal["input", "output"] = "output",
+        site: str = "output",
         mask: Tensor | None = None,
     ) -> None:
         check_floating(vector, "vector")
@@ -183,23 +182,25 @@ class Steering:
         module: nn.Module,
         cylinder: ConceptCylinder,
         *,
-        positions: Positions = "all",
-        site: Literal["input", "output"] = "output",
+        positions: str | slice = "all",
+        site: str = "output",
         mask: Tensor | None = None,
     ) -> None:
         self.module, self.cylinder = module, cylinder
         self.positions, self.site, self.mask = positions, site, mask
 
-    def axis(self, strength: float = 1.0) -> steer:
+    def axis(self, strength: float | int = 1.0) -> steer:
         """Add strength · a."""
         return self._steer(self.cylinder.compose(strength * self.cylinder.axis_norm_, 0.0, 0.0))
 
-    def plane(self, d: Tensor, strength: float = 1.0, penalty: float = 0.0) -> steer:
+    def plane(self, d: Tensor, strength: float | int = 1.0, penalty: float | int = 0.0) -> steer:
         """Add the penalised vector of sample(s) d, ``[d]`` or ``[batch, d]``, at this length."""
         length = strength * self.cylinder.axis_norm_
         return self._steer(self.cylinder.steering_vector(d, length, penalty))
 
-    def sector(self, axis_strength: float = 1.5, radius: float = 1.0, *, phi: float) -> steer:
+    def sector(
+        self, axis_strength: float | int = 1.5, radius: float | int = 1.0, *, phi: float | int
+    ) -> steer:
         """Add axis_strength · a and radius · ‖a‖ at the angle phi (radians) of the plane."""
         norm = self.cylinder.axis_norm_
         return self._steer(self.cylinder.compose(axis_strength * norm, radius * norm, phi))
@@ -215,7 +216,7 @@ def concept_differences(
     *,
     layer: nn.Module | str | int,
     position: int = -1,
-    site: Literal["input", "output"] = "output",
+    site: str = "output",
 ) -> Float[Tensor, "n d"]:
     """What a concept adds to the residual stream: activation with it minus activation without.
 

@@ -16,10 +16,8 @@ from stiefel.linalg._checks import check_finite, check_matrix, compute_dtype
 PROBE_STEPS, PROBE_RATE = 200, 0.1
 
 
-def mean_difference(
-    with_concept: Float[Tensor, "n d"], without: Float[Tensor, "m d"]
-) -> Float[Tensor, " d"]:
-    """Mean activation with the concept minus mean activation without.
+def mean_difference(with_concept: Tensor, without: Tensor) -> Float[Tensor, " d"]:
+    """Mean activation with the concept ``[n, d]`` minus mean activation without ``[m, d]``.
 
     Raises:
         TypeError, ValueError: not matrices of one width, empty, or NaN or infinite entries.
@@ -28,8 +26,8 @@ def mean_difference(
     return a.mean(0) - b.mean(0)
 
 
-def pca_direction(D: Float[Tensor, "n d"]) -> Float[Tensor, " d"]:
-    """First right singular vector of the uncentred differences, of unit length.
+def pca_direction(D: Tensor) -> Float[Tensor, " d"]:
+    """First right singular vector of the uncentred differences ``D [n, d]``, of unit length.
 
     Its sign, which the decomposition leaves open, is that of the mean: ⟨direction, mean⟩ ≥ 0.
 
@@ -46,19 +44,20 @@ def pca_direction(D: Float[Tensor, "n d"]) -> Float[Tensor, " d"]:
 
 
 def probe_direction(
-    with_concept: Float[Tensor, "n d"],
-    without: Float[Tensor, "m d"],
+    with_concept: Tensor,
+    without: Tensor,
     *,
     steps: int = PROBE_STEPS,
-    lr: float = PROBE_RATE,
+    lr: float | int = PROBE_RATE,
 ) -> Float[Tensor, " d"]:
     """Weights of a logistic regression that tells the two apart, at the mean difference's length.
 
-    Adam from zero weights on the mean loss of all samples, as in the authors' code.
+    Adam from zero weights on the mean loss of all samples, as in the authors' code. The activations
+    are ``[n, d]`` and ``[m, d]``.
 
     Raises:
-        TypeError, ValueError: not matrices of one width, empty, NaN or infinite entries, or
-            ``steps`` < 1 or ``lr`` ≤ 0.
+        TypeError, ValueError: not matrices of one width, empty, NaN or infinite entries, equal
+            means, ``steps`` < 1 or ``lr`` ≤ 0.
     """
     a, b = _activations(with_concept, without)
     if steps < 1 or not lr > 0:
@@ -76,9 +75,10 @@ def probe_direction(
             optimizer.step()
     found = weight.detach()
     norm = torch.linalg.vector_norm(found)
-    if not float(norm) > 0:
-        raise ValueError("the two sets of activations are the same: a probe has nothing to find")
-    return found * (torch.linalg.vector_norm(a.mean(0) - b.mean(0)).detach() / norm)
+    length = torch.linalg.vector_norm(a.mean(0) - b.mean(0)).detach()
+    if not float(norm) > 0 or not float(length) > 0:
+        raise ValueError("the two sets of activations have one mean: the vector has no length")
+    return found * (length / norm)
 
 
 class SinCosLaw(NamedTuple):
@@ -93,10 +93,10 @@ class SinCosLaw(NamedTuple):
 
 
 def sin_cos_law(
-    theta: Float[Tensor, " samples"],
-    y: Float[Tensor, " samples"],
-    ms: Sequence[float],
-    ns: Sequence[float],
+    theta: Tensor,
+    y: Tensor,
+    ms: Sequence[float | int],
+    ns: Sequence[float | int],
     n_perm: int = 999,
     *,
     generator: torch.Generator | None = None,
@@ -107,8 +107,8 @@ def sin_cos_law(
     same way, and p is the share of permutations (the given order counted as one) that do as well.
 
     Args:
-        theta: Angles between samples and the axis, radians.
-        y: What is to be explained, such as a sample's gain.
+        theta: Angles between samples and the axis, ``[samples]``, radians.
+        y: What is to be explained, ``[samples]``, such as each sample's gain.
         ms: Exponents of the sine, ≥ 0.
         ns: Exponents of the cosine, ≥ 0; whole numbers where a cosine is negative.
         n_perm: Permutations.

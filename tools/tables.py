@@ -26,6 +26,7 @@ PICTURES = {
     "orthomerge": "orthomerge",
     "poincare": "poincare-resnet",
     "s5": "ptd",
+    "state_spaces": "s4d",
     "steering": "cylindrical-steering",
 }
 ROOT = Path(__file__).resolve().parent.parent

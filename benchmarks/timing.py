@@ -1,10 +1,17 @@
-"""What the benchmarks share: CPU time of several tasks in turn."""
+"""What the benchmarks share: CPU time of several tasks in turn, and a command of sections."""
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
+import json
+import platform
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 SHORT = 0.02
 """Seconds that a sample of short tasks is filled to."""
@@ -33,3 +40,55 @@ def in_turn(
                 task()
             times[name].append((time.thread_time() - start) / repeats[name])
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def run_sections(
+    title: str,
+    description: str,
+    sections: Mapping[str, Callable[[int], Sequence[Mapping[str, Any]]]],
+    peers: Mapping[str, str],
+    output: Path,
+) -> None:
+    """The command of a benchmark: run sections, print one table, write JSON.
+
+    Args:
+        title: Over the table.
+        description: For ``--help``.
+        sections: By name, a function of the number of rounds that returns rows of the table.
+        peers: Modules compared against, and how to install them; missing ones are named.
+        output: Where the JSON goes unless told.
+    """
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--rounds", type=int, default=5, help="rounds per timing, at least 5")
+    parser.add_argument("--json", type=Path, default=output)
+    parser.add_argument("--only", choices=tuple(sections), default=None)
+    options = parser.parse_args()
+    if options.rounds < 5:
+        parser.error("--rounds must be at least 5")
+    torch.set_num_threads(1)
+    console = Console()
+    for peer, how in peers.items():
+        if not importlib.util.find_spec(peer):
+            console.print(f"{peer} is left out; for it: {how}")
+    chosen = [options.only] if options.only else list(sections)
+    rows = [line for name in chosen for line in sections[name](options.rounds)]
+    shown = Table(title=title, title_justify="left")
+    for key in rows[0] if rows else ():
+        shown.add_column(key, justify="left" if isinstance(rows[0][key], str) else "right")
+    for line in rows:
+        shown.add_row(*(v if isinstance(v, str) else f"{v:.4g}" for v in line.values()))
+    console.print(shown)
+    result = {
+        "machine": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+        "rounds": options.rounds,
+        "rows": rows,
+    }
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    console.print(f"written to {options.json}")

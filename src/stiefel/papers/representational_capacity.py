@@ -127,14 +127,18 @@ def _draw_packings(ax: Axes, m: Measurement) -> None:
 
 def _draw_real(ax: Axes, m: Measurement) -> None:
     drawn = 0
-    for (name, label), colour in zip(PACKAGES.items(), (ORANGE, BLUE, GREEN), strict=True):
+    # The two encoders nearly coincide: the second is dashed.
+    styles = ((ORANGE, "-"), (BLUE, "-"), (GREEN, "--"))
+    for (name, label), (colour, style) in zip(PACKAGES.items(), styles, strict=True):
         counts = m.series.get(f"histogram {name}")
         if counts is None:
             continue
         drawn += 1
         bins, total = len(counts), sum(counts)
         centres = [-1 + (2 * i + 1) / bins for i in range(bins)]
-        ax.plot(centres, [c / total for c in counts], color=colour, linewidth=1.1, label=label)
+        ax.plot(
+            centres, [c / total for c in counts], style, color=colour, linewidth=1.1, label=label
+        )
         ax.axvline(m.metrics[f"eps_{name}"], color=colour, linewidth=0.9, linestyle=(0, (2, 2)))
     if drawn:
         ax.set_ylim(0, ax.get_ylim()[1] * 1.35)  # room for the legend

@@ -1,1 +1,98 @@
 """Numerical methods in the style of NumPy, SciPy and scikit-learn."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from stiefel.numerics.dictionary import DictionaryState as DictionaryState
+from stiefel.numerics.dictionary import NoGradientWarning as NoGradientWarning
+from stiefel.numerics.dictionary import frank_wolfe_gap as frank_wolfe_gap
+from stiefel.numerics.dictionary import fw_step as fw_step
+from stiefel.numerics.dictionary import fw_update as fw_update
+from stiefel.numerics.dictionary import linear_oracle as linear_oracle
+from stiefel.numerics.dictionary import power_gradient as power_gradient
+from stiefel.numerics.dictionary import recovery_error as recovery_error
+from stiefel.numerics.dictionary import start_dictionary as start_dictionary
+from stiefel.numerics.dictionary_codes import keep_largest as keep_largest
+from stiefel.numerics.dictionary_codes import soft_threshold as soft_threshold
+from stiefel.numerics.dpp_continuous import HermiteDPP as HermiteDPP
+from stiefel.numerics.dpp_continuous import JacobiDPP as JacobiDPP
+from stiefel.numerics.dpp_continuous import LegendreDPP as LegendreDPP
+from stiefel.numerics.dpp_design import Design as Design
+from stiefel.numerics.dpp_design import LeastSquaresFit as LeastSquaresFit
+from stiefel.numerics.dpp_design import sample_design as sample_design
+from stiefel.numerics.dpp_design import solve_design as solve_design
+from stiefel.numerics.dpp_sampling import sample_dpp as sample_dpp
+from stiefel.numerics.dpp_sampling import sample_leverage as sample_leverage
+from stiefel.numerics.least_squares_basis import Basis as Basis
+from stiefel.numerics.least_squares_basis import fit_basis as fit_basis
+from stiefel.numerics.least_squares_bounds import chernoff_rate as chernoff_rate
+from stiefel.numerics.least_squares_bounds import error_bound as error_bound
+from stiefel.numerics.least_squares_bounds import instability_bound as instability_bound
+from stiefel.numerics.least_squares_bounds import samples_for_stability as samples_for_stability
+from stiefel.numerics.least_squares_polynomials import hyperbolic_cross as hyperbolic_cross
+from stiefel.numerics.least_squares_polynomials import (
+    orthonormal_polynomials as orthonormal_polynomials,
+)
+from stiefel.numerics.least_squares_polynomials import tensor_polynomials as tensor_polynomials
+from stiefel.numerics.least_squares_polynomials import total_degree as total_degree
+
+if TYPE_CHECKING:
+    from stiefel.numerics.dictionary_sklearn import (
+        OnlineOrthogonalDictionary as OnlineOrthogonalDictionary,
+    )
+    from stiefel.numerics.dpp_sklearn import DPPLeastSquares as DPPLeastSquares
+
+__all__ = [
+    "Basis",
+    "DPPLeastSquares",
+    "Design",
+    "DictionaryState",
+    "HermiteDPP",
+    "JacobiDPP",
+    "LeastSquaresFit",
+    "LegendreDPP",
+    "NoGradientWarning",
+    "OnlineOrthogonalDictionary",
+    "chernoff_rate",
+    "error_bound",
+    "fit_basis",
+    "frank_wolfe_gap",
+    "fw_step",
+    "fw_update",
+    "hyperbolic_cross",
+    "instability_bound",
+    "keep_largest",
+    "linear_oracle",
+    "orthonormal_polynomials",
+    "power_gradient",
+    "recovery_error",
+    "sample_design",
+    "sample_dpp",
+    "sample_leverage",
+    "samples_for_stability",
+    "soft_threshold",
+    "solve_design",
+    "start_dictionary",
+    "tensor_polynomials",
+    "total_degree",
+]
+
+# Built on scikit-learn, an extra: imported when asked for.
+_ESTIMATORS = {
+    "DPPLeastSquares": "stiefel.numerics.dpp_sklearn",
+    "OnlineOrthogonalDictionary": "stiefel.numerics.dictionary_sklearn",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """The scikit-learn estimators of this home."""
+    if name not in _ESTIMATORS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(import_module(_ESTIMATORS[name]), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "sklearn":
+            raise
+        raise ImportError(
+            f"{name} needs scikit-learn, which is not installed: pip install 'stiefel[atlas]'"
+        ) from error

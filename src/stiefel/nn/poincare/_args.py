@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from stiefel.linalg._checks import compute_dtype
+from stiefel.linalg.autocast import without_autocast
 
 # Sheet, "projection after exp/FC" (authors' code): how far from the boundary points are kept.
 BOUNDARY = {torch.float32: 4e-3, torch.float64: 1e-5}
@@ -20,6 +23,18 @@ Curvature = float | int | Tensor
 def is_real(x: Tensor) -> bool:
     """Whether values are there to be looked at: not while compiling, nor on the meta device."""
     return not torch.compiler.is_compiling() and not x.is_meta
+
+
+def number(c: Tensor) -> Any:
+    """c as a Python number where looking at it waits for nothing: operations take it for less."""
+    return c.item() if c.device.type == "cpu" and type(c) in (Tensor, Parameter) else c
+
+
+def exactly(x: Tensor) -> AbstractContextManager[Any]:
+    """A context without autocast; none, which takes no time, where there is no autocast."""
+    if torch.compiler.is_compiling() or x.is_meta or torch.is_autocast_enabled(x.device.type):
+        return without_autocast(x)
+    return nullcontext()
 
 
 def check_vectors(x: Tensor, name: str) -> None:

@@ -1,4 +1,8 @@
-"""A Poincaré layer but for its matrix product: its weights before it, what follows after it."""
+"""A Poincaré layer, linear or convolution, as one function with one backward pass.
+
+A layer of small size spends its time in the dispatch of operations, one of large size in passes
+over memory. So all is one ``torch.autograd.Function``, and it works in place.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +13,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stiefel.nn.poincare._args import through_plain
+from stiefel.nn.poincare._args import BOUNDARY, exactly, number, through_plain
+from stiefel.nn.poincare._products import (
+    Geometry,
+    patch_counts,
+    products,
+    products_backward,
+    products_plain,
+)
 from stiefel.nn.poincare._radial import (
     ASINHC,
+    asinh,
+    asinhc,
     cosh_limited,
     lift,
     lift_slopes,
+    radial_slope,
     sinhc_limited,
-    slope,
     value,
 )
 from stiefel.nn.poincare.functions import dot
@@ -28,164 +41,160 @@ LIMIT = {torch.float32: 41.0, torch.float64: 340.0}
 _SHORTEST = 1e-15
 
 
-class _Weights(torch.autograd.Function):
-    """What a layer needs of Z and its bias: the matrix of the product, |z_k| and −sinh(beta_k).
-
-    The matrix is root f cosh(beta_k) z_k/|z_k|, 0 for z_k = 0; root = 2√c, beta_k = root r_k, f a
-    factor on the inputs.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, bias: Tensor | None, root: Tensor, factor: float | int) -> Any:
-        length = dot(z, z, 0).sqrt_()
-        direction = z / length.clamp_min(_SHORTEST)
-        size, sinh = root * factor, None
-        if bias is not None:
-            beta = (root * bias).clamp_(-LIMIT[z.dtype], LIMIT[z.dtype])
-            size, sinh = size * beta.cosh(), beta.sinh().neg_()
-        ctx.save_for_backward(z, bias, root, direction, length)
-        ctx.factor = factor
-        return direction * size, length[0], sinh
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        z, bias, root, direction, length = ctx.saved_tensors
-        factor = ctx.factor
-        if torch.is_grad_enabled():
-            return *through_plain(_weights_plain, (z, bias, root), grads, factor), None
-        by_matrix, by_length, by_sinh = grads
-        scale = root * factor
-        inverse = 1 / length.clamp_min(_SHORTEST)
-        by_cosh = dot(by_matrix, direction, 0)[0] * scale
-        size, dbias, by_beta = scale, None, None
-        if bias is not None:
-            beta = (root * bias).clamp_(-LIMIT[z.dtype], LIMIT[z.dtype])
-            cosh = beta.cosh()
-            by_beta = by_cosh * beta.sinh() - by_sinh * cosh
-            dbias, size, by_cosh = root * by_beta, scale * cosh, by_cosh * cosh
-        along = by_length - by_cosh * inverse
-        dz = torch.addcmul(by_matrix * (size * inverse), along, direction)
-        droot = None
-        if ctx.needs_input_grad[2]:
-            droot = by_cosh.sum() / root
-            droot = droot if by_beta is None else droot + (by_beta * bias).sum()
-        return dz, dbias, droot, None
+def ends(dtype: torch.dtype, clip: str | None) -> tuple[float, float]:
+    """2√c|u| beyond which inputs, and outputs, count as that long."""
+    if clip is None:
+        return LIMIT[dtype], math.inf
+    end = 2 * math.atanh(1 - BOUNDARY[dtype])
+    return end, end
 
 
-def _weights_plain(z: Tensor, bias: Tensor | None, root: Tensor, factor: float | int) -> Any:
-    square = z.square().sum(0)
-    # A norm has no second derivative at 0; nothing flows into columns there.
-    filled = square > 0
-    length = torch.where(filled, torch.where(filled, square, 1.0).sqrt(), 0.0)
-    size, sinh = root * factor, None
-    if bias is not None:
-        beta = _held(root * bias, LIMIT[z.dtype])
-        size, sinh = size * beta.cosh(), -beta.sinh()
-    return z / length.clamp_min(_SHORTEST) * size, length, sinh
+class _Layer(torch.autograd.Function):
+    """Sheet, "Fused tangent form". root = 2√c, f the factor on inputs, beta_k = root r_k.
 
-
-def layer_weights(
-    z: Float[Tensor, "inputs outputs"],
-    bias: Float[Tensor, " outputs"] | None,
-    root: Float[Tensor, ""],
-    factor: float | int,
-) -> tuple[
-    Float[Tensor, "inputs outputs"], Float[Tensor, " outputs"], Float[Tensor, " outputs"] | None
-]:
-    """Matrix of the product, lengths of the columns of Z, and −sinh(beta); see ``_Weights``."""
-    if torch.compiler.is_compiling():
-        return _weights_plain(z, bias, root, factor)
-    return _Weights.apply(z, bias, root, factor)  # pyrefly: ignore
-
-
-class _FullyConnected(torch.autograd.Function):
-    """Sheet, "Fused tangent form", from the products on.
-
-    d = root f cosh(beta_k) <u, z_k/|z_k|> and s = |u|²; t = root f √s:
-
-        alpha = sinh(t)/t d − cosh(t) sinh(beta)
+        d = root f cosh(beta_k) <u, z_k/|z_k|>,   t = root f |u|
+        alpha = sinh(t)/t d − cosh(t) sinh(beta_k)
         q = sinh(2|z_k| asinh(alpha)),   out = asinh(|q|) q/(root |q|)
 
-    Between the passes d, asinh(alpha) and what has no channels are kept.
+    u is ``[points, inputs]``, or images of which every patch counts as one vector. Between the
+    passes u, alpha, asinh(alpha), of images also q, and what has no channels are kept.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        d: Tensor,
-        s: Tensor,
-        sinh: Tensor | None,
-        length: Tensor,
-        root: Tensor,
+        u: Tensor,
+        z: Tensor,
+        bias: Tensor | None,
+        c: Tensor,
         factor: float | int,
-        dim: int,
+        geometry: Geometry | None,
+        clip: str | None,
     ) -> Tensor:
-        limit, scale = LIMIT[d.dtype], root * factor
-        sinhc, cosh = lift(s * (scale * scale), limit)
+        root, limit = 2 * number(c) ** 0.5, LIMIT[u.dtype]
+        far, long = ends(u.dtype, clip)
+        scale = root * factor
+        matrix, length, size, sinh, cosh_bias = _weights(z, bias, root, scale)
+        d, s = products(u, matrix, geometry)
+        x = s.mul_(scale * scale)
+        sinhc, cosh = lift(x, far)
         most = math.sinh(limit)
-        w = _asinh_(_alpha(d, sinhc, cosh, sinh, dim).clamp_(-most, most))
-        q = (w * _spread(2 * length, d, dim)).clamp_(-limit, limit).sinh_()
-        square = dot(q, q, dim)
-        shrink = value(ASINHC, square)
-        ctx.save_for_backward(d, s, sinh, length, root, w, sinhc, cosh, square, shrink)
-        ctx.factor, ctx.dim = factor, dim
-        return q.mul_(shrink / root)
+        alpha = d.mul_(sinhc)
+        if sinh is not None:
+            alpha.addcmul_(cosh, sinh)
+        w = asinh(alpha.clamp(-most, most))
+        power = 2 * length
+        q = (w * power).clamp_(-limit, limit).sinh_()
+        square = dot(q, q, 1)
+        shrink = asinhc(square, long)
+        ctx.save_for_backward(
+            u, z, bias, c, alpha, w, None if geometry is None else q, matrix, power, size, sinh,
+            cosh_bias, x, sinhc, cosh, square, shrink,
+        )  # fmt: skip
+        ctx.settings = factor, geometry, clip
+        # The output must not be a view: it may be changed in place.
+        if geometry is None:
+            out = q.new_empty(*q.shape[:0:-1])
+            torch.mul(q[0], shrink[0] / root, out=out.mT)
+        else:
+            out = q.new_empty(*q.shape[:2], *patch_counts(u.shape[2:], geometry))
+            torch.mul(q, shrink / root, out=out.flatten(2))
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        d, s, sinh, length, root, w, sinhc, cosh, square, shrink = ctx.saved_tensors
-        (g,), dim, factor = grads, ctx.dim, ctx.factor
+        (
+            u, z, bias, c, alpha, w, q, matrix, power, size, sinh, cosh_bias, x, sinhc, cosh,
+            square, shrink,
+        ) = ctx.saved_tensors  # fmt: skip
+        (factor, geometry, clip), (g,), wanted = ctx.settings, grads, ctx.needs_input_grad
         if torch.is_grad_enabled():
-            found = through_plain(_plain, (d, s, sinh, length, root), grads, factor, dim)
-            return *found, None, None
-        limit, scale = LIMIT[d.dtype], root * factor
-        zeta = _spread(2 * length, d, dim)
-        up = (w * zeta).clamp_(-limit, limit).exp_()
-        down = up.reciprocal()
-        q = (up - down).mul_(0.5)
-        along = dot(g, q, dim)
-        # From out to q, then to the exponent, of which cosh is the derivative.
-        by_q = (2 / root) * slope(ASINHC, square, shrink) * along
-        gw = (g * (shrink / root)).addcmul_(by_q, q).mul_(up.add_(down).mul_(0.5))
-        dlength = 2 * _over_points(torch.mul(gw, w, out=q), dim)
-        # Beyond the limit the slope of asinh falls on, to 0 where the square overflows.
-        alpha = _alpha(d, sinhc, cosh, sinh, dim)
-        galpha = gw.mul_(zeta).mul_(alpha.square_().add_(1).rsqrt_())
-        by_sinhc = torch.mul(galpha, d, out=q).sum(dim, keepdim=True)
-        x = s * (scale * scale)
-        sinhc_slope, cosh_slope = lift_slopes(x, sinhc, cosh, limit)
-        dx, dsinh = by_sinhc * sinhc_slope, None
-        if sinh is not None:
-            by_cosh = torch.mul(galpha, _spread(sinh, d, dim), out=q).sum(dim, keepdim=True)
-            dx = dx + by_cosh * cosh_slope
-            dsinh = _over_points(torch.mul(galpha, cosh, out=q), dim)
-        droot = None
-        if ctx.needs_input_grad[4]:
-            droot = (2 * dx * x - along * shrink / root).sum() / root
-        return galpha.mul_(sinhc), dx * (scale * scale), dsinh, dlength, droot, None, None
+            found = through_plain(_plain, (u, z, bias, c), grads, factor, geometry, clip)
+            return *found, None, None, None
+        root, limit = 2 * number(c) ** 0.5, LIMIT[u.dtype]
+        far, long = ends(u.dtype, clip)
+        scale = root * factor
+        with exactly(u):
+            n = 1 if q is not None else 2  # q and its slope may come doubled
+            if q is None:
+                g = g.mT.contiguous()[None]
+                up = (w * power).clamp_(-limit, limit).exp_()
+                spare = up.reciprocal()
+                q, slope = up - spare, up.add_(spare)
+                double = torch.mul(g, q, out=spare)
+            else:
+                g = g.flatten(2)
+                double, slope = g * q, (q * q).add_(1).sqrt_()
+            along = double.sum(1, keepdim=True)
+            part = radial_slope(square, shrink, long).mul_(along).mul_(1 / n**2)
+            # The gradient of 2|z_k| asinh(alpha), of which cosh is the slope towards q.
+            gw = torch.mul(g, shrink, out=double).addcmul_(part, q)
+            gw.mul_(slope.mul_(1 / (n * root)))
+            by_length = torch.mul(gw, w, out=slope).sum((0, 2))
+            # Beyond the limit the slope of asinh falls on, to 0 where the square overflows.
+            inverse = torch.mul(alpha, alpha, out=slope).add_(1).rsqrt_()
+            galpha = gw.mul_(power).mul_(inverse)
+            # alpha = sinhc d + cosh sinh: what d is to sinhc follows from what alpha is to all.
+            dx = torch.mul(galpha, alpha, out=slope).sum(1, keepdim=True).div_(sinhc)
+            sinhc_slope, cosh_slope = lift_slopes(x, sinhc, cosh, far)
+            dx, by_sinh = dx.mul_(sinhc_slope), None
+            if sinh is not None:
+                cosh_slope.sub_(cosh / sinhc * sinhc_slope)
+                dx.addcmul_(torch.matmul(sinh.mT, galpha), cosh_slope)
+                by_sinh = torch.mul(galpha, cosh, out=slope).sum((0, 2))
+            gd = galpha.mul_(sinhc)
+            of_u = wanted[0], any(wanted[1:4])
+            du, dm = products_backward(gd, dx.mul_(scale * scale), u, matrix, geometry, of_u)
+            if dm is None:
+                return du, None, None, None, None, None, None
+            dz, dbias, by_log = _weights_backward(
+                dm, by_length, by_sinh, matrix, size, sinh, cosh_bias, root, scale
+            )
+            dc = None
+            if wanted[3]:
+                droot = (
+                    dx * x / (scale * scale) - along * shrink / (n * root)
+                ).sum() + by_log.sum()
+                if bias is not None:
+                    droot = droot + (dbias * bias).sum()
+                dc = droot * (2 / (root * root))
+        return du, dz, dbias, dc, None, None, None
 
 
-def _spread(x: Tensor, like: Tensor, dim: int) -> Tensor:
-    """Numbers per channel, along ``dim`` of ``like``."""
-    return x.reshape(*(-1 if i == dim % like.ndim else 1 for i in range(like.ndim)))
+def _weights(
+    z: Tensor, bias: Tensor | None, root: Any, scale: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Matrix of the product, 0 where z_k = 0; |z_k|; their ratio; −sinh and cosh of beta_k."""
+    rows = z.mT.contiguous()
+    length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    size = scale / length.clamp_min(_SHORTEST)
+    if bias is None:
+        return rows * size, length, size, None, None
+    beta = (bias[:, None] * -root).clamp_(-LIMIT[z.dtype], LIMIT[z.dtype])
+    sinh, cosh = beta.sinh(), beta.cosh_()
+    size.mul_(cosh)
+    return rows * size, length, size, sinh, cosh
 
 
-def _over_points(x: Tensor, dim: int) -> Tensor:
-    """Sums over everything but the channels."""
-    return x.sum([i for i in range(x.ndim) if i != dim % x.ndim])
-
-
-def _asinh_(alpha: Tensor) -> Tensor:
-    """sign(α) log1p(|α| + α²/(1 + √(1 + α²))), all vectorised: torch's own takes 10 × as long."""
-    size = alpha.abs()
-    square = size * size
-    size.add_(square.div_(square.add(1).sqrt_().add_(1))).log1p_()
-    return size.copysign_(alpha)
-
-
-def _alpha(d: Tensor, sinhc: Tensor, cosh: Tensor, sinh: Tensor | None, dim: int) -> Tensor:
-    alpha = d * sinhc
-    return alpha if sinh is None else alpha.addcmul_(cosh, _spread(sinh, d, dim))
+def _weights_backward(
+    by_matrix: Tensor,
+    by_length: Tensor,
+    by_sinh: Tensor | None,
+    matrix: Tensor,
+    size: Tensor,
+    sinh: Tensor | None,
+    cosh: Tensor | None,
+    root: Any,
+    scale: Any,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Gradients of Z and bias, and of log root by the matrix; ``by_length`` is half of |z_k|'s."""
+    by_log, dbias = dot(by_matrix, matrix, 1), None
+    whole = scale if cosh is None else scale * cosh
+    if sinh is not None and cosh is not None and by_sinh is not None:
+        dbias = (by_log * (sinh / cosh)).addcmul_(by_sinh[:, None], cosh).mul_(-root)[:, 0]
+    # z_k/|z_k| is the matrix over ``whole``; along it goes what its length does.
+    along = (2 * by_length[:, None] - by_log * (size / whole)) / whole
+    return (by_matrix * size).addcmul_(matrix, along).mT, dbias, by_log
 
 
 def _held(x: Tensor, limit: float) -> Tensor:
@@ -194,34 +203,52 @@ def _held(x: Tensor, limit: float) -> Tensor:
 
 
 def _plain(
-    d: Tensor,
-    s: Tensor,
-    sinh: Tensor | None,
-    length: Tensor,
-    root: Tensor,
+    u: Tensor,
+    z: Tensor,
+    bias: Tensor | None,
+    c: Tensor,
     factor: float | int,
-    dim: int,
+    geometry: Geometry | None,
+    clip: str | None,
 ) -> Tensor:
-    limit = LIMIT[d.dtype]
+    root, limit = 2 * c.sqrt(), LIMIT[u.dtype]
+    far, long = ends(u.dtype, clip)
+    square = z.square().sum(0)
+    # A norm has no second derivative at 0; nothing flows into columns there.
+    filled = square > 0
+    length = torch.where(filled, torch.where(filled, square, 1.0).sqrt(), 0.0)
+    size = root * factor / length.clamp_min(_SHORTEST)
+    beta = None if bias is None else _held(root * bias, limit)
+    if beta is not None:
+        size = size * beta.cosh()
+    d, s = products_plain(u, (z * size).mT, geometry)
     x = s * (root * factor).square()
-    alpha = sinhc_limited(x, limit) * d
-    if sinh is not None:
-        alpha = alpha + cosh_limited(x, limit) * _spread(sinh, d, dim)
+    alpha = sinhc_limited(x, far) * d
+    if beta is not None:
+        alpha = alpha - cosh_limited(x, far) * beta.sinh()[:, None]
     w = torch.asinh(alpha).clamp(-limit, limit)
-    q = torch.sinh(_held(w * _spread(2 * length, d, dim), limit))
-    return value(ASINHC, dot(q, q, dim)) / root * q
+    q = torch.sinh(_held(w * (2 * length)[:, None], limit))
+    square = dot(q, q, 1)
+    shrink = value(ASINHC, square)
+    if long < math.inf:
+        inside = square < math.sinh(long) ** 2
+        shrink = torch.where(inside, shrink, long * torch.rsqrt(torch.where(inside, 1.0, square)))
+    out = shrink / root * q
+    if geometry is None:
+        return out[0].mT
+    return out.unflatten(2, patch_counts(u.shape[2:], geometry))
 
 
-def fully_connected(
-    d: Float[Tensor, "*shape"],
-    s: Float[Tensor, "*point"],
-    sinh: Float[Tensor, " outputs"] | None,
-    length: Float[Tensor, " outputs"],
-    root: Float[Tensor, ""],
+def layer(
+    u: Float[Tensor, "*shape"],
+    z: Float[Tensor, "rows outputs"],
+    bias: Float[Tensor, " outputs"] | None,
+    c: Float[Tensor, ""],
     factor: float | int,
-    dim: int,
-) -> Float[Tensor, "*shape"]:
-    """The layer's output from its products; ``dim`` holds the channels, where s has size 1."""
+    geometry: Geometry | None,
+    clip: str | None,
+) -> Float[Tensor, "*shape_"]:
+    """Of ``[points, inputs]``: ``[points, outputs]``; of images: ``[batch, outputs, H′, W′]``."""
     if torch.compiler.is_compiling():
-        return _plain(d, s, sinh, length, root, factor, dim)
-    return _FullyConnected.apply(d, s, sinh, length, root, factor, dim)  # pyrefly: ignore
+        return _plain(u, z, bias, c, factor, geometry, clip)
+    return _Layer.apply(u, z, bias, c, factor, geometry, clip)  # pyrefly: ignore

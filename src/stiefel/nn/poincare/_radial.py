@@ -6,6 +6,7 @@ has to be divided by and no gradient is singular at the origin.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import comb, factorial
@@ -38,6 +39,12 @@ def _artanh_over(root: Tensor) -> Tensor:
     return torch.atanh(root.clamp_max(1 - torch.finfo(root.dtype).eps)) / root
 
 
+def _asinh_over(root: Tensor) -> Tensor:
+    # torch's own asinh is not vectorised and takes 20 × as long.
+    square = root * root
+    return torch.log1p(root + square / (1 + (1 + square).sqrt())) / root
+
+
 # tanh(√x)/√x, of the tangent numbers 1, 2, 16, 272, …
 _TANH = (
     1.0, -1 / 3, 2 / 15, -17 / 315, 62 / 2835, -1382 / 155925, 21844 / 6081075,
@@ -51,7 +58,7 @@ SINHC = Analytic(
 )
 ASINHC = Analytic(
     tuple((-1) ** k * comb(2 * k, k) / 4**k / (2 * k + 1) for k in range(_MOST)),
-    lambda root: torch.asinh(root) / root,
+    _asinh_over,
     lambda root, x: torch.rsqrt(1 + x),
 )
 TANHC = Analytic(
@@ -128,19 +135,49 @@ def lift(x: Float[Tensor, "*shape"], limit: float) -> tuple[Tensor, Tensor]:
 
     t = min(√x, limit): longer vectors count as that long, their squares would overflow.
     """
-    root = x.clamp_min(torch.finfo(x.dtype).tiny).sqrt()
+    root = _positive(x).sqrt_()
     near = root.clamp_max(limit)
-    return torch.sinh(near) / root, torch.cosh(near)
+    cosh = near.cosh()
+    return near.sinh_().div_(root), cosh
 
 
 def lift_slopes(x: Tensor, sinhc: Tensor, cosh: Tensor, limit: float) -> tuple[Tensor, Tensor]:
-    """Derivatives of both by x. Beyond the limit sinh(T)/√x falls like 1/√x and cosh(T) stays."""
-    small, beyond = x < SMALL, x > limit * limit
-    far = torch.where(small, 1.0, x)
-    derived = [k * coefficient for k, coefficient in enumerate(SINHC.series[: TERMS[x.dtype] + 1])]
-    exact = (cosh.masked_fill(beyond, 0.0) - sinhc) / (2 * far)
-    by_sinhc = torch.where(small, _horner(x, derived[1:]), exact)
-    return by_sinhc, (sinhc / 2).masked_fill(beyond, 0.0)
+    """Twice the derivatives of both by x.
+
+    Beyond the limit T sinh(T)/√x falls like 1/√x and cosh(T) stays. Times x both are exact to
+    rounding, by themselves they are not near x = 0. That is enough for gradients of vectors v with
+    x = |v|², where the slope meets v and another product with v.
+    """
+    beyond = x > limit * limit
+    by_sinhc = cosh.masked_fill(beyond, 0.0).sub_(sinhc).div_(_positive(x))
+    return by_sinhc, sinhc.masked_fill(beyond, 0.0)
+
+
+def asinh(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """sign(x) log1p(|x| + x²/(1 + √(1 + x²))), no graph, x² finite."""
+    size, square = x.abs(), x * x
+    root = (square + 1).sqrt_().add_(1)
+    return size.addcdiv_(square, root).log1p_().copysign_(x)
+
+
+def asinhc(x: Float[Tensor, "*shape"], limit: float) -> Float[Tensor, "*shape"]:
+    """min(asinh(√x), limit)/√x, no graph."""
+    root = _positive(x).sqrt_()
+    size = (x + 1).sqrt_().add_(1)
+    size = torch.addcdiv(root, x, size, out=size).log1p_()
+    return (size if limit == math.inf else size.clamp_max_(limit)).div_(root)
+
+
+def radial_slope(x: Tensor, known: Tensor, limit: float) -> Float[Tensor, "*shape"]:
+    """Twice the derivative of :func:`asinhc`, whose value is ``known``; as exact as lift_slopes."""
+    outer = (x + 1).rsqrt_()
+    if limit < math.inf:
+        outer.masked_fill_(x > math.sinh(limit) ** 2, 0.0)
+    return outer.sub_(known).div_(_positive(x))
+
+
+def _positive(x: Tensor) -> Tensor:
+    return x.clamp_min(torch.finfo(x.dtype).tiny)
 
 
 def sinhc_limited(x: Float[Tensor, "*shape"], limit: float) -> Float[Tensor, "*shape"]:

@@ -12,13 +12,12 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from stiefel.linalg._checks import compute_dtype
-from stiefel.linalg.autocast import without_autocast
-from stiefel.nn.poincare._args import check_no_nan
+from stiefel.nn.poincare._args import check_no_nan, exactly
+from stiefel.nn.poincare._midpoint_norm import LEAST, midpoint_norm
 from stiefel.nn.poincare._radial import TANHC
 from stiefel.nn.poincare.ball import PoincareBall
 from stiefel.nn.poincare.conv import check_images
 from stiefel.nn.poincare.functions import (
-    midpoint_tangent,
     scale,
     squared_length,
     translate,
@@ -29,7 +28,6 @@ from stiefel.nn.poincare.operations import frechet_tangent
 MEANS = ("midpoint", "frechet")
 # The Fréchet mean within a layer: far below what batches differ by.
 _TOLERANCE, _STEPS = 1e-6, 100
-_POINTS = (0, 2, 3)
 
 
 class PoincareBatchNorm2d(nn.Module):
@@ -132,28 +130,39 @@ class PoincareBatchNorm2d(nn.Module):
                 f"the variance of a batch needs at least two points, got shape {tuple(x.shape)}"
             )
         work = compute_dtype(torch.promote_types(x.dtype, self.bias.dtype))
-        with without_autocast(x):
-            u, c = x.to(work), self.ball.c.to(work)
-            mean = self._batch_mean(u, c) if batch else self._running(self.running_mean, u)
-            moved = translate(-mean, u, c, 1)  # log₀((−mu) ⊕ p), half of log_mu(p) carried to 0
-            if batch:
-                variance = 4 * squared_length(moved, 1).mean()
-                self._track(mean, variance)
+        with exactly(x):
+            u, c, bias = x.to(work), self.ball.c.to(work), self.bias.to(work)
+            weight = self.weight.to(work)
+            if batch and self.mean == "midpoint":
+                out, mean, variance = midpoint_norm(u.flatten(2), weight, bias, c, self.eps)
+                out = out.reshape(u.shape)
             else:
-                variance = self._running(self.running_var, u)
-            size = (self.weight.to(work).clamp_min(1e-12) / (variance + self.eps)).sqrt()
-            beta = self.bias.to(work)[:, None, None]
-            turned = torch.matmul(size * self._rotation(mean, c), moved.flatten(2)).reshape(u.shape)
-            out = translate(beta[None], turned, c, 1)
+                out, mean, variance = self._about(self._mean(u, c, batch), u, c, batch)
+            if batch:
+                self._track(mean, variance)
         if self.ball.debug:
             check_no_nan(out, "PoincareBatchNorm2d")
         return out.to(x.dtype)
 
-    def _batch_mean(self, u: Tensor, c: Tensor) -> Tensor:
-        if self.mean == "midpoint":
-            return midpoint_tangent(u, c, _POINTS, 1)
+    def _mean(self, u: Tensor, c: Tensor, batch: bool) -> Tensor:
+        if not batch:
+            return self._running(self.running_mean, u)
         rows = u.movedim(1, -1).flatten(0, 2)
         return frechet_tangent(rows, c, _TOLERANCE, _STEPS)[:, None, None][None]
+
+    def _about(
+        self, mean: Tensor, u: Tensor, c: Tensor, batch: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised about a mean that is known; the mean and the variance."""
+        moved = translate(-mean, u, c, 1)  # log₀((−mu) ⊕ p), half of log_mu(p) carried to 0
+        if batch:
+            variance = 4 * squared_length(moved, 1).mean()
+        else:
+            variance = self._running(self.running_var, u)
+        size = (self.weight.to(c.dtype).clamp_min(LEAST) / (variance + self.eps)).sqrt()
+        beta = self.bias.to(c.dtype)[:, None, None]
+        turned = torch.matmul(size * self._rotation(mean, c), moved.flatten(2)).reshape(u.shape)
+        return translate(beta[None], turned, c, 1), mean, variance
 
     def _rotation(self, mean: Tensor, c: Tensor) -> Tensor:
         """gyr[beta, −mu], ``[C, C]``: parallel transport past the origin turns vectors by it.

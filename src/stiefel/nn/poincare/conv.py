@@ -14,21 +14,18 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from stiefel.linalg._checks import compute_dtype
-from stiefel.linalg.autocast import without_autocast
-from stiefel.nn.poincare._args import Curvature, check_no_nan, check_vectors, curvature
+from stiefel.nn.poincare._args import Curvature, check_no_nan, check_vectors, curvature, exactly
+from stiefel.nn.poincare._fully_connected import layer
+from stiefel.nn.poincare._products import Geometry
 from stiefel.nn.poincare.ball import PoincareBall
-from stiefel.nn.poincare.functions import squared_length
 from stiefel.nn.poincare.linear import (
-    after_products,
     check_layer,
     check_weight,
     empty_parameters,
     start_weight_,
-    weights,
 )
 
 Pair = int | Sequence[int]
-Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int], tuple[int, int]]
 
 
 def beta_ratio(channels: int, taps: int) -> float:
@@ -106,30 +103,13 @@ def tangent_conv(
     clip: str | None,
 ) -> Tensor:
     """:func:`poincare_conv2d` of arguments that are known to be right."""
-    (k, s, p, g), channels = geometry, x.shape[1]
+    k, channels = geometry[0], x.shape[1]
     work = compute_dtype(torch.promote_types(x.dtype, Z.dtype))
-    with without_autocast(x):
-        u = x.to(work)
-        parts = weights(Z, bias, c, work, beta_ratio(channels, k[0] * k[1]))
-        d = nn.functional.conv2d(u, parts.matrix.mT.reshape(-1, channels, *k), None, s, p, g)
-        squares = patch_sums(squared_length(u, 1), k, s, p, g)
-        out = after_products(d, squares, parts, 1, clip)
+    factor = beta_ratio(channels, k[0] * k[1])
+    with exactly(x):
+        bias = None if bias is None else bias.to(work)
+        out = layer(x.to(work), Z.to(work), bias, c.to(work), factor, geometry, clip)
     return out.to(x.dtype)
-
-
-def patch_sums(
-    x: Tensor,
-    kernel: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-) -> Tensor:
-    """Sums over patches of ``[batch, 1, H, W]``, numbers ≥ 0."""
-    if dilation == (1, 1) and all(2 * p <= k for p, k in zip(padding, kernel, strict=True)):
-        return nn.functional.avg_pool2d(x, kernel, stride, padding, divisor_override=1)
-    ones = torch.ones(1, 1, *kernel, dtype=x.dtype, device=x.device)
-    # A convolution by FFT or Winograd may give -1e-9.
-    return nn.functional.conv2d(x, ones, None, stride, padding, dilation).clamp_min(0)
 
 
 def pair(value: Pair, name: str, least: int) -> tuple[int, int]:

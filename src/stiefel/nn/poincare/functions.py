@@ -8,6 +8,7 @@ derivative goes through the same formula written with differentiable operations,
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -19,9 +20,11 @@ from stiefel.nn.poincare._radial import (
     ARTANHC,
     ASINHC,
     Analytic,
+    asinhc,
     cosh_limited,
     lift,
     lift_slopes,
+    radial_slope,
     sinhc_limited,
     slope,
     value,
@@ -179,7 +182,7 @@ class _Translate(torch.autograd.Function):
         q = torch.addcmul(sinh_a * cosh_b, sinh_a.square() / (1 + cosh_a) * ab, p)
         y = torch.addcmul(p * b, q, a)
         yy = four * dot(y, y, dim)
-        h = value(ASINHC, yy)
+        h = asinhc(yy, math.inf)
         ctx.save_for_backward(a, b, c, aa, bb, ab, sinh_a, cosh_a, p, cosh_b, q, yy, h)
         ctx.dim = dim
         return y.mul_(h)
@@ -193,21 +196,21 @@ class _Translate(torch.autograd.Function):
         limit, four = TRANSLATION_LIMIT[b.dtype], 4 * c
         # out = h(yy) y with y = p b + q a and q = k p ab + sinh_a cosh_b.
         y = torch.addcmul(p * b, q, a)
-        by_yy = slope(ASINHC, yy, h) * dot(g, y, dim)
+        by_yy = radial_slope(yy, h, math.inf) / 2 * dot(g, y, dim)
         gy = (h * g).addcmul_(2 * four * by_yy, y)
         by_q = dot(gy, a, dim)
         k = sinh_a.square() / (1 + cosh_a)
         by_ab = by_q * k * p
         by_p = torch.addcmul(dot(gy, b, dim), by_q * k, ab)
         sinh_b_slope, cosh_b_slope = lift_slopes(bb, p, cosh_b, limit)
-        by_bb = by_p * sinh_b_slope + by_q * sinh_a * cosh_b_slope
+        by_bb = (by_p * sinh_b_slope + by_q * sinh_a * cosh_b_slope) / 2
         db = (p * gy).addcmul_(2 * four * by_bb, b).addcmul_(four * by_ab, a).sum_to_size(b.shape)
         by_aa, da = None, None
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[2]:
             sinh_a_slope, cosh_a_slope = lift_slopes(aa, sinh_a, cosh_a, limit)
-            k_slope = (2 * sinh_a * sinh_a_slope - k * cosh_a_slope) / (1 + cosh_a)
+            k_slope = (sinh_a * sinh_a_slope - k / 2 * cosh_a_slope) / (1 + cosh_a)
             by_aa = k_slope * (by_q * p * ab).sum_to_size(aa.shape)
-            by_aa = by_aa + sinh_a_slope * (by_q * cosh_b).sum_to_size(aa.shape)
+            by_aa = by_aa + sinh_a_slope / 2 * (by_q * cosh_b).sum_to_size(aa.shape)
             da = gy.mul_(q).addcmul_(four * by_ab, b).sum_to_size(a.shape)
             da = torch.addcmul(da, 2 * four * by_aa, a)
         dc = None
@@ -262,6 +265,7 @@ class _Midpoint(torch.autograd.Function):
         by_mean = torch.addcmul(value(ARTANHC, square) * g, 2 * four * by_square, mean) / weight
         sinhc_slope, cosh_slope = lift_slopes(x, sinhc, cosh, limit)
         by_x = dot(by_mean, u, dim) * sinhc_slope - dot(by_mean, mean, dim) * cosh_slope
+        by_x = by_x / 2
         du = (sinhc * by_mean).addcmul_(2 * four * by_x, u)
         dc = None
         if ctx.needs_input_grad[1]:
@@ -291,36 +295,3 @@ def midpoint_tangent(
     if w is not None or torch.compiler.is_compiling():
         return _midpoint_plain(u, c, w, dims, dim)
     return _Midpoint.apply(u, c, dims, dim)  # pyrefly: ignore
-
-
-class _Products(torch.autograd.Function):
-    """Rows times a matrix, and their squared lengths, with one gradient for both."""
-
-    @staticmethod
-    def forward(ctx: Any, u: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(u, matrix)
-        return u @ matrix, dot(u, u, -1)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        u, matrix = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return through_plain(_products_plain, (u, matrix), grads)
-        by_product, by_square = grads
-        du = (2 * by_square * u).addmm_(by_product, matrix.mT) if ctx.needs_input_grad[0] else None
-        return du, u.mT @ by_product
-
-
-def _products_plain(u: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
-    return u @ matrix, dot(u, u, -1)
-
-
-def products(
-    u: Float[Tensor, "*batch inputs"], matrix: Float[Tensor, "inputs outputs"]
-) -> tuple[Float[Tensor, "*batch outputs"], Float[Tensor, "*batch 1"]]:
-    """``u @ matrix`` and |u|²."""
-    if torch.compiler.is_compiling():
-        return _products_plain(u, matrix)
-    rows = u.reshape(-1, u.shape[-1])
-    d, s = _Products.apply(rows, matrix)  # pyrefly: ignore
-    return d.reshape(*u.shape[:-1], -1), s.reshape(*u.shape[:-1], 1)

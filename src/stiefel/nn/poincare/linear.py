@@ -9,24 +9,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from stiefel.linalg._checks import compute_dtype
-from stiefel.linalg.autocast import without_autocast
 from stiefel.nn.poincare._args import (
-    BOUNDARY,
     Curvature,
     check_no_nan,
     check_vectors,
     curvature,
+    exactly,
 )
-from stiefel.nn.poincare._fully_connected import fully_connected, layer_weights
+from stiefel.nn.poincare._fully_connected import layer
 from stiefel.nn.poincare.ball import PoincareBall
-from stiefel.nn.poincare.functions import dot, products
 
 INITS = ("identity", "normal", "identity_center")
 SPACES = ("tangent", "ball")
@@ -82,47 +80,13 @@ def tangent_linear(
 ) -> Tensor:
     """:func:`poincare_linear_tangent` of arguments that are known to be right."""
     work = compute_dtype(torch.promote_types(u.dtype, Z.dtype))
-    with without_autocast(u):
-        x = u.to(work)
-        parts = weights(Z, bias, c, work, 1.0)
-        out = after_products(*products(x, parts.matrix), parts, -1, clip)
+    with exactly(u):
+        rows = u.to(work)
+        rows = rows if u.ndim == 2 else rows.reshape(-1, u.shape[-1])
+        bias = None if bias is None else bias.to(work)
+        out = layer(rows, Z.to(work), bias, c.to(work), 1.0, None, clip)
+    out = out if u.ndim == 2 else out.reshape(*u.shape[:-1], Z.shape[1])
     return out.to(u.dtype)
-
-
-class Weights(NamedTuple):
-    """Of a layer, ready for use: what ``layer_weights`` gives, 2√c and the factor on inputs."""
-
-    matrix: Tensor
-    length: Tensor
-    sinh: Tensor | None
-    root: Tensor
-    factor: float | int
-
-
-def weights(
-    Z: Tensor, bias: Tensor | None, c: Tensor, work: torch.dtype, factor: float | int
-) -> Weights:
-    """Z and bias in the precision of the work; ``factor`` is on the layer's inputs."""
-    root = 2 * c.to(work).sqrt()
-    bias = None if bias is None else bias.to(work)
-    return Weights(*layer_weights(Z.to(work), bias, root, factor), root, factor)
-
-
-def after_products(d: Tensor, s: Tensor, parts: Weights, dim: int, clip: str | None) -> Tensor:
-    """The layer's output from the product with the matrix and s = |u|²."""
-    rest = (parts.sinh, parts.length, parts.root, parts.factor, dim)
-    if clip is None:
-        return fully_connected(d, s, *rest)
-    limit = 2 * math.atanh(1 - BOUNDARY[d.dtype])
-    shrink = _shrink((parts.root * parts.factor) ** 2 * s, limit)
-    out = fully_connected(d * shrink, s * shrink.square(), *rest)
-    return out * _shrink(parts.root**2 * dot(out, out, dim), limit)
-
-
-def _shrink(square: Tensor, limit: float) -> Tensor:
-    """min(1, limit/√square)."""
-    inside = square <= limit * limit
-    return torch.where(inside, 1.0, limit * torch.rsqrt(torch.where(inside, 1.0, square)))
 
 
 def check_weight(Z: Tensor, bias: Tensor | None, clip: str | None) -> None:

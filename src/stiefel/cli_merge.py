@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import re
-import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stiefel.cli_options import JsonOption, fail
+from stiefel.cli_options import JsonOption, fail, terminable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -74,7 +74,7 @@ def merge(
     explain_size: Annotated[
         int,
         typer.Option(min=2, metavar="N", help="Rotations only of matrices with so many inputs."),
-    ] = 2048,
+    ] = 4096,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")
     ] = False,
@@ -91,7 +91,9 @@ def merge(
     as_json: JsonOption = False,
 ) -> None:
     """Merge models; :data:`HELP` is what the command line says."""
-    if out is None and not dry_run:
+    if out is not None:
+        _check_place(out)
+    elif not dry_run:
         fail("give --out DIR, or --dry-run for the plan alone")
     if explain_plot is not None and explain_plot.suffix.lower() not in _PICTURES:
         raise typer.BadParameter(
@@ -99,12 +101,10 @@ def merge(
             param_hint="--explain-plot",
         )
     if explain_plot is None and out is not None and not dry_run:
-        explain_plot = out.with_name(f"{out.absolute().name}.explain.svg")
+        explain_plot = out.with_name(f"{out.name}.explain.svg")
     limit = _shard_bytes(shard_size)
     work = _Work(out, threads, as_json)
-    with _answered(out, dry_run):
-        from stiefel.merge.explain import matrices_of
-
+    with terminable(), _answered(work, dry_run):
         checked = _checked(recipe)
         if checked.merges_adapters:
             if explain:
@@ -113,11 +113,18 @@ def merge(
             return
         plan = work.plan(checked, recipe.parent, limit, trust_remote_code)
         if explain:
-            matrices_of(plan)  # before the work, not after
+            work.announce(plan, not dry_run, explain_size)  # before the work, not after
         if not dry_run:
             work.merge(plan, resume)
         if explain:
             work.explain(plan, None if dry_run else out, explain_size, explain_plot)
+
+
+def _check_place(out: Path) -> None:
+    """The output takes its name by a rename, which nobody should be standing in."""
+    real, current = Path(os.path.realpath(out)), Path.cwd()
+    if real == current or real in current.parents:
+        fail(f"--out {out} would replace the current folder; run this from another one")
 
 
 def _checked(path: Path) -> Recipe:
@@ -140,16 +147,19 @@ def _shard_bytes(text: str) -> int:
 
 
 @contextmanager
-def _answered(out: Path | None, dry_run: bool) -> Iterator[None]:
-    """Bad input ends with status 2, an interrupt with 130; SIGTERM is an interrupt too."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+def _answered(work: _Work, dry_run: bool) -> Iterator[None]:
+    """Bad input ends with status 2, an interrupt with 130."""
     try:
         yield
     except KeyboardInterrupt:
-        if not dry_run:
+        if work.written:
             typer.echo(
-                f"\nInterrupted. {out} is as it was; the same command with --resume goes on from "
-                "what is written.",
+                f"\nInterrupted. {work.out} is written; --explain is not finished.", err=True
+            )
+        elif not dry_run:
+            typer.echo(
+                f"\nInterrupted. {work.out} is as it was; the same command with --resume goes on "
+                "from what is written.",
                 err=True,
             )
         raise typer.Exit(130) from None
@@ -158,8 +168,6 @@ def _answered(out: Path | None, dry_run: bool) -> Iterator[None]:
     except (ValueError, ImportError) as error:
         # RecipeError, PlanError, CheckpointError, NonFiniteError, and missing packages.
         fail(str(error))
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class _Work:
@@ -168,23 +176,24 @@ class _Work:
     def __init__(self, out: Path | None, threads: int | None, as_json: bool) -> None:
         from rich.console import Console
 
-        from stiefel.atlas.machine import available_cores
-
         self.out = out
-        self.threads = threads or min(8, available_cores())
+        self.threads = threads
+        self.written = False
         self.as_json = as_json
         self.said = Console(stderr=True)
         self.console = Console()
 
     def plan(self, recipe: Recipe, folder: Path, limit: int, trust: bool) -> MergePlan:
         """Make the plan and show it."""
+        from stiefel.merge.engine import processors
         from stiefel.merge.plan import build_plan
         from stiefel.merge.plan_report import estimate, plan_json, plan_lines
 
         plan = build_plan(recipe, folder, out=self.out, shard_bytes=limit, trust_remote_code=trust)
-        estimated = estimate(plan, self.threads)
-        content = {"plan": {**plan_json(plan, estimated), "threads": self.threads}}
-        self._show(content, plan_lines(plan, estimated, self.threads), plan.warnings)
+        threads = self.threads = self.threads or processors()
+        estimated = estimate(plan, threads)
+        content = {"plan": {**plan_json(plan, estimated), "threads": threads}}
+        self._show(content, plan_lines(plan, estimated, threads), plan.warnings)
         return plan
 
     def merge(self, plan: MergePlan, resume: bool) -> None:
@@ -203,6 +212,7 @@ class _Work:
                     p.fraction, f"{p.done} of {p.total} · {p.tensor}", p.remaining
                 ),
             )
+        self.written = True
         new = [text for text in report.warnings if text not in plan.warnings]
         self._warn(new)
         if self.as_json:
@@ -221,6 +231,18 @@ class _Work:
             f"Written: {self.out} ({len(plan.tasks)} tensors{kept}, {bytes_text(report.nbytes)}, "
             f"{report.seconds:.1f} s; merge.json tells how each came about)"
         )
+
+    def announce(self, plan: MergePlan, merged: bool, size: int) -> None:
+        """Whether there is something to explain, and a word where that takes minutes."""
+        from stiefel.merge.explain import seconds_to_explain
+        from stiefel.merge.plan_report import seconds_text
+
+        seconds = seconds_to_explain(plan, merged, size)
+        if seconds >= 60:
+            about = f"about {seconds_text(seconds)} of one core"
+            self._warn(
+                [f"--explain takes {about}; a smaller --explain-size leaves out large rotations"]
+            )
 
     def explain(
         self, plan: MergePlan, merged: Path | None, size: int, picture: Path | None
@@ -248,7 +270,8 @@ class _Work:
 
     def adapters(self, recipe: Recipe, folder: Path, dry_run: bool, resume: bool) -> None:
         """Plan and make an adapter from adapters."""
-        from stiefel.merge.plan_adapters import build_adapter_plan, run_adapter_plan
+        from stiefel.merge.engine import merge as carry_out
+        from stiefel.merge.plan_adapters import build_adapter_plan
         from stiefel.merge.plan_report import adapter_json, adapter_lines
 
         plan: AdapterPlan = build_adapter_plan(recipe, folder, out=self.out)
@@ -258,20 +281,22 @@ class _Work:
         assert self.out is not None  # noqa: S101 - checked with the options
         if resume:
             self._warn(["--resume has no effect: adapters are merged in one go"])
-        start = time.monotonic()
-        made = run_adapter_plan(plan, self.out)
-        seconds = time.monotonic() - start
-        self._warn([text for text in made.warnings if text not in plan.warnings])
+        report = carry_out(plan, self.out)
+        self._warn([text for text in report.warnings if text not in plan.warnings])
         if self.as_json:
             done = {
                 "folder": str(self.out),
-                "modules": made.modules,
-                "seconds": round(seconds, 3),
-                "warnings": [*plan.warnings, *made.warnings],
+                "modules": report.tensors,
+                "bytes": report.nbytes,
+                "seconds": round(report.seconds, 3),
+                "warnings": list(report.warnings),
             }
             typer.echo(json.dumps({"merged": done}, allow_nan=False, ensure_ascii=False))
             return
-        typer.echo(f"Written: {self.out} (adapter of {plan.modules} modules, {seconds:.1f} s)")
+        typer.echo(
+            f"Written: {self.out} (adapter of {plan.modules} modules, {report.seconds:.1f} s; "
+            "merge.json tells how it came about)"
+        )
 
     def _show(
         self,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, NoReturn
 
 import typer
@@ -13,6 +16,16 @@ def fail(message: str) -> NoReturn:
     """Say what is wrong with the input and end with status 2."""
     typer.secho(f"stiefel: {message}", fg="red", err=True)
     raise typer.Exit(2)
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM is a KeyboardInterrupt too."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def seed_list(text: str) -> list[int]:

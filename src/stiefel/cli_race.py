@@ -5,12 +5,11 @@ from __future__ import annotations
 import io
 import json
 import os
-import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stiefel.cli_options import JsonOption, fail, seed_list
+from stiefel.cli_options import JsonOption, fail, seed_list, terminable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -160,7 +159,7 @@ def _race(arguments: dict[str, Any], jobs: int | None, out: Path) -> RaceResult:
     except (ValueError, TypeError, OSError) as error:
         fail(str(error))
     try:
-        with _terminable(), _Display(Console(stderr=True)) as display:
+        with terminable(), _Display(Console(stderr=True)) as display:
             part = partial(take_part, arguments, code)
             _share(part, jobs or available_cores(), store, display)
             return _run(arguments, code, Progress(None, store))  # all is there now
@@ -291,16 +290,6 @@ class _Display:
             self._console.print(
                 f"race: {self._furthest:.0%} {said}", soft_wrap=True, highlight=False, markup=False
             )
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM is a KeyboardInterrupt too."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _keep(result: RaceResult, out: Path, picture: str) -> list[Path]:

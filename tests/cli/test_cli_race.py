@@ -12,7 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from stiefel.cli import app
-from stiefel.cli_race import NAMES, _terminable
+from stiefel.cli_options import terminable
+from stiefel.cli_race import NAMES
 
 SIZE = {"width": 8, "blocks": 1, "heads": 2, "context": 8, "batch": 4, "steps": 6}
 TINY = [word for name, value in SIZE.items() for word in (f"--{name}", str(value))]
@@ -209,6 +210,6 @@ def test_an_interrupt_keeps_what_is_finished(here):
 
 def test_a_termination_is_an_interrupt_too():
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt), _terminable():
+    with pytest.raises(KeyboardInterrupt), terminable():
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before

@@ -111,6 +111,36 @@ def test_explanation_with_its_picture(here):
     assert Path("deep/x.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_current_folder_is_no_output(here, monkeypatch):
+    """It would be renamed away under the shell that stands in it."""
+    (here / "work" / "x").mkdir(parents=True)
+    monkeypatch.chdir(here / "work" / "x")
+    for out in (".", "..", "../x", "/"):
+        result = call(here / "recipe.yaml", "--out", out)
+        assert result.exit_code == 2
+        assert "would replace the current folder" in result.stderr
+    assert call(here / "recipe.yaml", "--out", "../y").exit_code == 0
+
+
+def test_minutes_are_announced(here, monkeypatch):
+    monkeypatch.setattr(
+        sys.modules["stiefel.merge.explain"], "seconds_to_explain", lambda *_: 7200.0
+    )
+    result = call("recipe.yaml", "--dry-run", "--explain")
+    assert "--explain takes about 2.0 h of one core" in result.stderr
+
+
+def test_an_interrupt_while_explaining_leaves_the_output(here, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["stiefel.merge.explain"], "explain", stop)
+    result = call("recipe.yaml", "--out", "out", "--explain")
+    assert result.exit_code == 130
+    assert "out is written; --explain is not finished" in result.stderr
+    assert Path("out/merge.json").exists()
+
+
 def test_what_cannot_be_explained_is_said_before_the_work(here):
     text = "slices: [{sources: [{model: a, layer_range: [0, 1]}]}]\nmerge_method: passthrough\n"
     Path("recipe.yaml").write_text(text)
@@ -236,7 +266,15 @@ def test_adapters_alone(here, monkeypatch):
     assert "--resume has no effect" in result.stderr
     result = call("recipe.yaml", "--out", "out2", "--json")
     assert [list(line) for line in lines(result)] == [["plan"], ["merged"]]
-    assert call("recipe.yaml", "--out", "out").exit_code == 2  # it is there
+    first = {file.name: file.read_bytes() for file in Path("out").iterdir()}
+    assert "merge.json" in first
+    assert call("recipe.yaml", "--out", "out").exit_code == 0  # again, over what a merge wrote
+    assert {file.name: file.read_bytes() for file in Path("out").iterdir()} == first
+    Path("mine").mkdir()
+    Path("mine/notes").write_text("")
+    result = call("recipe.yaml", "--out", "mine")
+    assert result.exit_code == 2
+    assert "was not written by a merge" in result.stderr
     assert "merges adapters alone" in call("recipe.yaml", "--dry-run", "--explain").stderr
 
 

@@ -346,3 +346,20 @@ def test_factors_that_do_not_add_up():
     ):
         with pytest.raises(ValueError, match="at least 1"):
             call()
+
+
+def test_what_a_crash_left_beside_the_output_is_put_right(two):
+    """A crash between two renames has the old output aside; it is neither lost nor in the way."""
+    folder, *_ = two
+    out = folder / "out"
+    merge_lora_adapters([folder / "a", folder / "b"], out)
+    aside = folder / ".out.stiefel-aside"
+    out.rename(aside)
+    with pytest.raises(FileExistsError):
+        merge_lora_adapters([folder / "a"], out)
+    assert out.is_dir()
+    assert not aside.exists()
+    (aside / "old").mkdir(parents=True)
+    merge_lora_adapters([folder / "a"], out, overwrite=True)
+    assert not aside.exists()
+    assert sorted(Adapter(out).modules) == sorted(Adapter(folder / "a").modules)

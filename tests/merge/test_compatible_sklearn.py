@@ -1,5 +1,6 @@
 """The estimator: scikit-learn's conventions, files, bad input."""
 
+import copy
 import math
 import subprocess
 import sys
@@ -52,6 +53,19 @@ def test_parameters_are_kept_and_cloned():
         adapter.backward(np.ones((2, 3)))
 
 
+def test_forward_is_a_parameter_and_a_method():
+    old, new, y = data()
+    adapter = CompatibleAdapter(forward="mlp", epochs=1, random_state=0)
+    assert clone(adapter).get_params()["forward"] == "mlp"
+    assert "forward='mlp'" in repr(adapter)
+    wide = len(list(adapter.fit(old, new, y).maps_.forward_map.parameters()))
+    assert adapter.forward(old).shape == new.shape
+    adapter.set_params(forward="linear").fit(old, new, y)
+    assert len(list(adapter.maps_.forward_map.parameters())) < wide
+    assert adapter.get_params()["forward"] == "linear"
+    assert copy.deepcopy(adapter).forward(old).shape == new.shape
+
+
 def test_a_seed_decides():
     old, new, y = data()
     runs = [CompatibleAdapter(epochs=2, random_state=s).fit(old, new, y) for s in (1, 1, 2)]
@@ -70,7 +84,7 @@ def test_lambda_auto_is_part_of_the_side():
 def test_goes_through_a_file(tmp_path, mode):
     old, new, y = data()
     adapter = CompatibleAdapter(
-        mode, lam=1.5, forward_map="mlp", epochs=2, random_state=0, w=(1, 2, 0.1)
+        mode, lam=1.5, forward="mlp", epochs=2, random_state=0, w=(1, 2, 0.1)
     ).fit(old, new, y)
     file = tmp_path / "deep" / "adapter.safetensors"
     adapter.save(file)

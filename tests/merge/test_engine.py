@@ -269,8 +269,9 @@ class TestNotFinite:
         folders = [save(tmp_path / name, tensors) for name in "xy"]
         made = plan(folders, "linear", base=False, each=[{"weight": 1.0}] * 2, dtype=torch.float16,
                     parameters={"normalize": False})  # fmt: skip
-        with pytest.raises(NonFiniteError, match="w: the result overflows float16"):
+        with pytest.raises(NonFiniteError, match="w: the result overflows float16") as caught:
             merge(made, tmp_path / "out")
+        assert "allow_nonfinite" not in str(caught.value)  # no input is bad
 
 
 class TestOutputFolder:
@@ -392,6 +393,21 @@ class TestRotations:
         weight, result, report = self.turned(tmp_path, [0.4, -0.4])
         torch.testing.assert_close(result, weight)
         assert report.warnings == ["up.weight: the rotations cancel, the layer is not turned"]
+
+    def test_a_layer_that_nobody_moved(self, tmp_path):
+        """Rotations made of rounding do not cancel: there is nothing to warn of."""
+        weight, result, report = self.turned(tmp_path, [0.0, 0.0])
+        assert 0 < sum(report.tensors["up.weight"]["rotations"]) < 1e-12
+        torch.testing.assert_close(result, weight)
+        assert report.warnings == []
+
+    def test_a_layer_in_which_nobody_counts(self, models, tmp_path):
+        """A filter or a gradient may give all experts the weight 0: the base stays."""
+        made = plan(models[1], "orthomerge", each=[{"weight": 0.0}] * 2)
+        merge(made, tmp_path / "out")
+        base = load(models[1][0])
+        for name, value in load(tmp_path / "out").items():
+            torch.testing.assert_close(value, base[name], rtol=0, atol=0)
 
     def test_a_half_turn(self, tmp_path):
         _, _, report = self.turned(tmp_path, [math.pi - 1e-5, 0.2])

@@ -1,12 +1,13 @@
 """Checkpoints that transformers and PEFT wrote, merged by recipe, loaded there, logits compared."""
 
+import json
 import warnings
 
 import pytest
 import torch
 from engine_models import contents, load
 
-from stiefel.checkpoint import Checkpoint
+from stiefel.checkpoint import Checkpoint, CheckpointError
 from stiefel.merge import dare, linear, merge, orthomerge, slerp, task_arithmetic, ties
 
 transformers = pytest.importorskip("transformers")
@@ -229,6 +230,17 @@ def test_adapters_alone_make_an_adapter(tmp_path):
 
     one, two, both = (update(tmp_path / name) for name in ("a1", "a2", "out"))
     torch.testing.assert_close(both, 0.5 * one + 2 * two, atol=1e-6, rtol=1e-4)
+    # The report comes along, twice the same, and what a merge wrote is replaced.
+    first = {entry.name: entry.read_bytes() for entry in (tmp_path / "out").iterdir()}
+    assert sorted(first) == report.content["output"]["files"]
+    assert json.loads(first["merge.json"]) == json.loads(json.dumps(report.content))
+    assert first["stiefel_merge.yaml"].decode().endswith(file.read_text())
+    merge(file, tmp_path / "out")
+    assert {e.name: e.read_bytes() for e in (tmp_path / "out").iterdir()} == first
+    assert sorted(e.name for e in tmp_path.iterdir()) == ["a1", "a2", "m", "out", "recipe.yaml"]
+    (tmp_path / "out" / "mine").write_text("")
+    with pytest.raises(CheckpointError, match="holds files that no merge wrote"):
+        merge(file, tmp_path / "out")
 
 
 def test_resume_of_what_is_finished(family, tmp_path):

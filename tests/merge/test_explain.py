@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import sys
 
 import plan_models_on_disk as disk
 import pytest
@@ -17,6 +18,7 @@ from stiefel.merge.explain import (
     explain,
     hyperspherical_energy,
     rotation_angles,
+    seconds_to_explain,
 )
 from stiefel.merge.explain_report import figure, table
 from stiefel.merge.plan import build_plan
@@ -87,6 +89,22 @@ def test_a_pure_rotation_leaves_no_rest():
     assert change.difference > 0.01
 
 
+@pytest.mark.parametrize("size", [0.001, 0.1, 2.0])
+def test_large_matrices_are_compared_in_float32(monkeypatch, size):
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(60, 40, generator=generator, dtype=torch.float64)
+    q = torch.randn(40, 40, generator=generator, dtype=torch.float64) * size / 40**0.5
+    other = w @ rotation_exp((q - q.mT) / 2) + 0.1 * size * torch.randn(60, 40, generator=generator)
+    exact = compare(w, other)
+    monkeypatch.setattr(sys.modules[compare.__module__], "FLOAT64_UP_TO", 20)
+    found = compare(w, other)
+    assert found != exact
+    assert found.angle_max == pytest.approx(exact.angle_max, abs=1e-4)
+    assert found.angle_mean == pytest.approx(exact.angle_mean, abs=1e-4)
+    assert found.residual == pytest.approx(exact.residual, abs=1e-6)
+    assert (found.difference, found.energy) == (exact.difference, exact.energy)
+
+
 def test_wide_matrices_turn_only_where_they_have_rows():
     """Without the null space's free choice: a turn of 0.3 is found in 3 rows of 40 inputs."""
     w = torch.zeros(3, 40, dtype=torch.float64)
@@ -150,6 +168,10 @@ def test_before_a_merge_only_the_experts_are_told(folder):
     told = explain(plan, max_side=4)
     assert told.layers()[0]["merged"] is None
     assert told.skipped == 6
+    # 3 layers, 2 matrices of 8 inputs, 2 experts and the result.
+    assert seconds_to_explain(plan) == pytest.approx(1.5 * seconds_to_explain(plan, merged=False))
+    assert seconds_to_explain(plan) == pytest.approx(6 * 3 * 8**3 * 6e-10)
+    assert seconds_to_explain(plan, max_side=4) == 0
     assert "have more than 4 inputs" in told.notes[0]
     assert told.layers()[0]["experts"]["a"]["angle_max"] is None
 

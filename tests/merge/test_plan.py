@@ -144,6 +144,24 @@ parameters: {t: [0, 1]}
     assert tasks["lm_head.weight"].parameters["t"] == 0
 
 
+def test_filters_of_a_model_are_for_its_own_layers(folder):
+    """As in mergekit: what is stacked as layer 0 is layer 1 of the model it comes from."""
+    text = """slices:
+  - sources:
+      - {model: base, layer_range: [0, 2]}
+      - model: a
+        layer_range: [1, 3]
+        parameters: {weight: [{filter: layers.1., value: 5}, {value: 1}]}
+merge_method: task_arithmetic
+base_model: base
+"""
+    tasks = by_name(plan(folder, text))
+    weights = {n: task.source_parameters[0]["weight"] for n, task in tasks.items()}
+    assert weights["model.layers.0.mlp.up_proj.weight"] == 5
+    assert weights["model.layers.1.mlp.up_proj.weight"] == 1
+    assert weights["model.embed_tokens.weight"] == 1
+
+
 def test_ranges_end_with_the_model(folder):
     text = problems(folder, STACK.replace("[1, 3]", "[2, 4]"))
     assert "layer_range [2, 4] reaches beyond the 3 layers of a" in text
@@ -233,6 +251,8 @@ def test_names_with_and_without_their_first_word(folder):
 def test_layer_counts(folder):
     disk.write(folder / "a", layers=4)
     assert "a: has 4 layers, base has 3" in problems(folder)
+    disk.write(folder / "a", settings=disk.config(4, model_type="gpt2"), layers=4)
+    assert "a: has 4 layers of gpt2, base has 3 of llama" in problems(folder)
     disk.write(folder / "a", layers=4, settings=disk.config(5))
     assert "its configuration says 5 layers, its tensors make 4" in problems(folder)
 

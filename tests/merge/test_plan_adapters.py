@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from stiefel.merge.engine import merge
 from stiefel.merge.plan import build_plan
 from stiefel.merge.plan_adapters import build_adapter_plan, run_adapter_plan
+from stiefel.merge.plan_report import adapter_json, adapter_lines, estimate_adapters
 from stiefel.merge.recipe import parse_recipe
 from stiefel.merge.recipe_errors import PlanError
 
@@ -23,9 +24,9 @@ OFT = "models:\n  - adapter: x\n  - {adapter: y, parameters: {weight: 3}}\n"
 OFT += "merge_method: orthomerge_oft\nparameters: {intensity: 0.5}\n"
 
 
-def lora(folder, seed, rank=2, module=MODULE, **settings):
+def lora(folder, seed, rank=2, module=MODULE, width=8, **settings):
     generator = torch.Generator().manual_seed(seed)
-    a, b = (torch.randn(shape, generator=generator) for shape in ((rank, 8), (8, rank)))
+    a, b = (torch.randn(shape, generator=generator) for shape in ((rank, width), (8, rank)))
     folder.mkdir(exist_ok=True)
     key = f"base_model.model.{module}"
     save_file(
@@ -40,9 +41,9 @@ def lora(folder, seed, rank=2, module=MODULE, **settings):
     return 2 * b @ a
 
 
-def oft(folder, seed, block=4, **settings):
+def oft(folder, seed, block=4, width=8, **settings):
     generator = torch.Generator().manual_seed(seed)
-    v = 0.1 * torch.randn(8 // block, block * (block - 1) // 2, generator=generator)
+    v = 0.1 * torch.randn(width // block, block * (block - 1) // 2, generator=generator)
     folder.mkdir(exist_ok=True)
     key = f"base_model.model.{MODULE}.oft_R.weight"
     save_file({key: v}, folder / "adapter_model.safetensors")
@@ -131,6 +132,22 @@ def test_ties_of_low_rank_adapters(folder):
     assert "name the base_model for false" in problems(folder, text)
 
 
+def test_what_adapters_will_take(folder):
+    lora(folder / "x", 1)
+    lora(folder / "y", 2)
+    made = plan(folder, LORA)
+    assert made.dense == ()
+    memory, seconds = estimate_adapters(made)
+    dense = plan(folder, LORA.replace("linear", "ties") + "parameters: {density: 0.5}\n")
+    assert dense.dense == (64,)
+    more, longer = estimate_adapters(dense)
+    assert more - memory == 4 * 64 * 5
+    assert longer - seconds == pytest.approx(2 * 64 * 2e-8)
+    words = [word for word, _ in adapter_lines(dense)]
+    assert words == ["read", "read", "merge", "write", "memory", "time"]
+    assert adapter_json(dense)["peak_bytes"] == more
+
+
 def test_rotations_become_one(folder):
     x, y = oft(folder / "x", 1), oft(folder / "y", 2)
     made = plan(folder, OFT)
@@ -161,6 +178,16 @@ def test_kinds_and_blocks_agree(folder):
     assert "y: has oft_block_size 2, x has 4" in problems(folder, OFT)
 
 
+def test_layers_of_other_widths_are_found_from_headers(folder):
+    lora(folder / "x", 1)
+    lora(folder / "y", 2, width=12)
+    text = f"line 3: y: {MODULE} has shape [8, 12], in x [8, 8]"
+    assert text in problems(folder, LORA)
+    oft(folder / "x", 1)
+    oft(folder / "y", 2, width=12)
+    assert f"y: {MODULE} has shape [3, 6], in x [2, 6]" in problems(folder, OFT)
+
+
 def test_settings_are_one_number_for_an_adapter(folder):
     for number, name in enumerate("xy"):
         lora(folder / name, number)
@@ -169,6 +196,10 @@ def test_settings_are_one_number_for_an_adapter(folder):
     assert "one number for an adapter" in problems(folder, filtered)
     assert "linear needs weight" in problems(folder, LORA.replace("weight: 3", ""))
     assert "sum to zero" in problems(folder, LORA.replace("3", "-1"))
+    for number, name in enumerate("xy"):
+        oft(folder / name, number)
+    text = OFT.replace("adapter: x", "{adapter: x, parameters: {weight: 0}}")
+    assert "weights are all zero" in problems(folder, text.replace("3", "0"))
 
 
 def test_adapters_of_other_modules_and_bases(folder):

@@ -42,6 +42,33 @@ def test_files_beside_the_weights(folder):
     assert "model.py" in plan(folder, trust_remote_code=True).files_to_copy
 
 
+def test_links_out_of_the_folder_are_not_copied(folder):
+    """A hostile tokenizer.json -> ~/.ssh/id_ed25519 must not reach what is then given away."""
+    (folder / "secret").write_text("{}")
+    base = folder / "base"
+    (base / "tokenizer_config.json").symlink_to(folder / "secret")
+    (base / "generation.json").write_text("{}")
+    (base / "generation_config.json").symlink_to(base / "generation.json")
+    (base / "model.py").symlink_to(folder / "secret")
+    made = plan(folder, trust_remote_code=True)
+    assert sorted(made.files_to_copy) == ["config.json", "generation_config.json"]
+    assert [w.partition(" is a link out of the folder")[0] for w in made.warnings] == [
+        "base: tokenizer_config.json",
+        "base: model.py",
+    ]
+
+
+def test_files_of_a_download_cache_are_copied(folder):
+    """There every file is a link: snapshots/REVISION/NAME to blobs/HASH."""
+    snapshot, blobs = folder / "hub" / "snapshots" / "1", folder / "hub" / "blobs"
+    disk.write(snapshot)
+    blobs.mkdir()
+    (blobs / "ab").write_text("{}")
+    (snapshot / "tokenizer_config.json").symlink_to(blobs / "ab")
+    text = TIES.replace("base_model: base", "base_model: hub/snapshots/1")
+    assert "tokenizer_config.json" in plan(folder, text).files_to_copy
+
+
 def test_the_dtype_goes_under_the_key_that_is_there(folder):
     settings = disk.config()
     del settings["torch_dtype"]
@@ -58,6 +85,7 @@ def test_the_output_is_no_input(folder):
     (folder / "file").write_text("")
     assert "it must be a folder" in problems(folder, out=folder / "file")
     assert plan(folder, out=folder / "a" / "inside")
+    assert "cannot be an output" in problems(folder, out="/")
 
 
 def test_the_disk_has_room(folder, monkeypatch):

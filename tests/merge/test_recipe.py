@@ -139,6 +139,10 @@ def test_recipes_of_mergekit_are_accepted(name):
     assert recipe.warnings == ()
 
 
+def test_types_may_be_written_as_torch_does():
+    assert parse_recipe(GOOD.replace("dtype: b", "dtype: torch.b")).dtype == "bfloat16"
+
+
 def test_forms_of_one_thing_are_read_alike():
     text = MERGEKIT["dare_linear"]
     assert str(parse_recipe(text).base) == "base"
@@ -256,6 +260,33 @@ def test_the_number_of_models_fits_the_method():
 def test_all_problems_come_at_once():
     text = GOOD.replace("weight: 0.5", "weight: x").replace("lambda: 1.0", "lambada: 1")
     assert [problem.line for problem in problems(text)] == [3, 8]
+    # Wrong keys and wrong parameters, too; sources of slices as well as models.
+    text = text.replace("base_model:", "base_modle:").replace(
+        "  - model: ./ft_code", "  - model: 3"
+    )
+    assert [problem.line for problem in problems(text)] == [3, 4, 7, 8]
+    text = """slices:
+  - sources: [{model: a, layer_range: [0, 2], parameters: {weight: x}}]
+    parameters: {lambda: y}
+  - sources: 3
+  - 4
+merge_method: ties
+base_model: [b]
+"""
+    found = {p.key: p.message for p in problems(text)}
+    assert {"slices[0].sources[0].parameters.weight", "slices[0].parameters.lambda"} <= set(found)
+    assert found["base_model"] == (
+        "must be path, path+adapter or {model: path, lora: path}, got ['b']"
+    )
+
+
+def test_stand_ins_need_a_method_that_reads_the_base():
+    text = GOOD + "allow_nonfinite: base\n"
+    assert parse_recipe(text).policies.nonfinite == "base"
+    linear = "models: [{model: a}]\nmerge_method: linear\nparameters: {weight: 1}\n"
+    found = only(linear + "allow_nonfinite: base\n")
+    assert (found.line, found.key) == (4, "allow_nonfinite")
+    assert "linear does not read the base" in found.message
 
 
 @pytest.mark.parametrize("name", NOT_OFFERED)

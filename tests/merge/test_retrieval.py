@@ -108,16 +108,16 @@ def test_the_curve_goes_from_forward_to_backward():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"query_labels": torch.arange(3)}, "its labels have shape"),
-        ({"queries": draw(5, 4), "query_labels": torch.arange(5)}, "exclude_self needs"),
-        ({"gallery": torch.zeros(9, 4)}, "row 0 of gallery has only zeros"),
-        ({"query_labels": torch.full((9,), 50)}, "no query has its label"),
+        ({"yq": torch.arange(3)}, "its labels have shape"),
+        ({"Q": draw(5, 4), "yq": torch.arange(5)}, "exclude_self needs"),
+        ({"G": torch.zeros(9, 4)}, "row 0 of G has only zeros"),
+        ({"yq": torch.full((9,), 50)}, "no query has its label"),
     ],
 )
 def test_bad_sets(change, message):
     arguments = {
-        "queries": draw(9, 4), "gallery": draw(9, 4), "query_labels": torch.arange(9),
-        "gallery_labels": torch.arange(9), "exclude_self": True, **change,
+        "Q": draw(9, 4), "G": draw(9, 4), "yq": torch.arange(9),
+        "yg": torch.arange(9), "exclude_self": True, **change,
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         retrieval_metrics(**arguments)

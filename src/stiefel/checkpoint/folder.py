@@ -163,15 +163,25 @@ def _shard(index: Path, folder: Path, name: str) -> Path:
     if not name.endswith(".safetensors"):
         raise CheckpointError(f"{index} names the file {quoted(name)}, which is not *.safetensors")
     try:
-        real, home = path.resolve(strict=True), folder.resolve()
+        outside = leads_out(path, folder)
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
         reason = getattr(error, "strerror", None) or "a loop of links"
         raise CheckpointError(f"{index} names {quoted(name)}, which is missing: {reason}") from None
-    # A download cache keeps snapshots/<revision>/name as a link to blobs/<hash> of that model.
-    allowed = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
-    if real.parent not in allowed:
+    if outside is not None:
         raise CheckpointError(
-            f"{index} names {quoted(name)}, a link that leads out of the folder to {real}; "
+            f"{index} names {quoted(name)}, a link that leads out of the folder to {outside}; "
             "give the path of the real folder"
         )
     return path
+
+
+def leads_out(path: Path, folder: Path) -> Path | None:
+    """The file behind ``path`` where links lead out of ``folder``; None where they do not.
+
+    Raises:
+        OSError, RuntimeError: there is no such file, or a loop of links.
+    """
+    real, home = path.resolve(strict=True), folder.resolve()
+    # A download cache keeps snapshots/<revision>/name as a link to blobs/<hash> of that model.
+    allowed = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
+    return None if real.parent in allowed else real

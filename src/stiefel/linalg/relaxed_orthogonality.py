@@ -36,9 +36,9 @@ def orthogonality_distance(w: Tensor) -> Float[Tensor, "*batch"]:
 
 
 def lambda_orthogonality(
-    w: Tensor, lam: float | int, alpha: float | int = ALPHA
+    W: Tensor, lam: float | int, alpha: float | int = ALPHA
 ) -> Float[Tensor, ""]:
-    """Σ σ(α(x − λ)) · x over the matrices of ``w``, x = ‖WWᵀ − I‖_F.
+    """Σ σ(α(x − λ)) · x over the matrices of ``W``, x = ‖WWᵀ − I‖_F.
 
     Little below λ, about x above it: a weight under this penalty keeps a distance of about λ from
     orthogonality, whatever the weight of the penalty (arXiv 2509.16664). λ is a distance of the
@@ -50,25 +50,25 @@ def lambda_orthogonality(
     float32, inside autocast too. Twice differentiable, but where x = 0.
 
     Args:
-        w: Matrices ``[..., m, n]``; the rows are to be orthonormal.
+        W: Matrices ``[..., m, n]``; the rows are to be orthonormal.
         lam: λ ≥ 0.
         alpha: Steepness α > 0 of the gate.
 
     Returns:
-        A scalar in the dtype of ``w``.
+        A scalar in the dtype of ``W``.
 
     Raises:
-        TypeError: ``w`` is not real floating point.
-        ValueError: ``w`` is not finite or has fewer than two dimensions, λ < 0, α ≤ 0.
+        TypeError: ``W`` is not real floating point.
+        ValueError: ``W`` is not finite or has fewer than two dimensions, λ < 0, α ≤ 0.
     """
-    check_matrix(w, "w")
-    check_finite(w, "w")
+    check_matrix(W, "W")
+    check_finite(W, "W")
     check_gate(lam, alpha)
     if math.isinf(lam):
-        return w.sum() * 0.0
-    with without_autocast(w):
-        work = w.to(compute_dtype(w.dtype))
-        return _Gate.apply(work, float(lam), float(alpha)).to(w.dtype)
+        return W.sum() * 0.0
+    with without_autocast(W):
+        work = W.to(compute_dtype(W.dtype))
+        return _Gate.apply(work, float(lam), float(alpha)).to(W.dtype)
 
 
 def check_gate(lam: float | int, alpha: float | int) -> None:

@@ -3,6 +3,9 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from stiefel.checkpoint import Checkpoint as Checkpoint
+from stiefel.checkpoint import CheckpointError as CheckpointError
+from stiefel.checkpoint import CheckpointWriter as CheckpointWriter
 from stiefel.linalg import cayley as cayley
 from stiefel.linalg import inverse_cayley as inverse_cayley
 from stiefel.linalg import procrustes_rotation as procrustes_rotation
@@ -97,6 +100,9 @@ __all__ = [
     "AlphaChoice",
     "BackfillCurve",
     "CancellationWarning",
+    "Checkpoint",
+    "CheckpointError",
+    "CheckpointWriter",
     "CompatibleAdapter",
     "CompatibleMaps",
     "CompatibleSettings",

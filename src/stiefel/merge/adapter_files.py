@@ -14,18 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stiefel.checkpoint.swap import sync_folder, take_name
+from stiefel.checkpoint.swap import recover, sync_folder, take_name
 from stiefel.merge.adapter_config import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE
 from stiefel.merge.adapter_factors import LowRank
 
 
 def free_folder(out: str | Path, overwrite: bool) -> Path:
-    """``out`` as a path that may be written.
+    """``out`` as a path that may be written; what a crash left beside it is put right first.
 
     Raises:
         FileExistsError: something is there, not an empty folder, and not to be replaced.
     """
     folder = Path(os.path.realpath(out))
+    recover(folder)
     if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists; give another folder or overwrite=True")
     return folder

@@ -131,17 +131,27 @@ def slerp_moments(chunks: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float
 
     Rows are summed in float64 and added up exactly: no portioning changes the result.
     """
-    sums: list[list[Tensor]] = [[], [], []]
+    sums: list[Tensor] = []
     for a, b in chunks:
         x, y = (v.reshape(v.shape[0], -1) if v.ndim > 1 else v.reshape(1, -1) for v in (a, b))
+        # In place: small results that stay between large ones that go would scatter the heap.
         step = max(1, BLOCK // max(1, x.shape[1]))
+        scratch = x.new_empty(3, min(step, len(x)), x.shape[1], dtype=torch.float64)
+        found = x.new_empty(3, len(x), dtype=torch.float64)
         for start in range(0, len(x), step):
-            rows = [v[start : start + step].double() for v in (x, y)]
-            for kept, left, right in zip(sums, (0, 1, 0), (0, 1, 1), strict=True):
-                kept.append((rows[left] * rows[right]).sum(1))
-    return tuple(  # pyrefly: ignore
-        math.fsum(torch.cat(kept).tolist()) if kept else 0.0 for kept in sums
-    )
+            stop = min(start + step, len(x))
+            left, right, product = scratch[:, : stop - start]
+            left.copy_(x[start:stop])
+            right.copy_(y[start:stop])
+            for row, one, other in zip(
+                found, (left, right, left), (left, right, right), strict=True
+            ):
+                torch.mul(one, other, out=product)
+                torch.sum(product, 1, out=row[start:stop])
+        sums.append(found)
+    if not sums:
+        return 0.0, 0.0, 0.0
+    return tuple(math.fsum(row) for row in torch.cat(sums, 1).tolist())  # pyrefly: ignore
 
 
 def slerp_coefficients(t: Number, moments: tuple[float, float, float]) -> tuple[float, float]:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from numbers import Integral, Real
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,24 @@ from stiefel.linalg.relaxed_orthogonality import ALPHA, orthogonality_distance
 from stiefel.merge.compatible import CompatibleMaps, CompatibleSettings, fit_compatible_maps
 
 _FORMAT = "stiefel-compatible-adapter-1"
+
+
+class _Shared:
+    """A method whose name a parameter of the constructor has as well.
+
+    Read, it is the method; assigned, the parameter, which lies where scikit-learn keeps all of
+    them, in the instance's ``__dict__``.
+    """
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+        self.__doc__ = function.__doc__
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        return self._function if instance is None else MethodType(self._function, instance)
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        vars(instance)[self._function.__name__] = value
 
 
 class CompatibleAdapter(BaseEstimator):
@@ -37,7 +56,7 @@ class CompatibleAdapter(BaseEstimator):
         alpha: Steepness of the gate at λ.
         w: Weights of L_F, L_B and the contrastive term.
         temperature: Of the contrastive term.
-        forward_map: ``"linear"`` or ``"mlp"``.
+        forward: Kind of F, ``"linear"`` or ``"mlp"``; in ``get_params`` under this name.
         center: Centre and scale both models' vectors first.
         epochs: Of Adam.
         lr: Of Adam.
@@ -61,7 +80,7 @@ class CompatibleAdapter(BaseEstimator):
         alpha: float | int = ALPHA,
         w: Sequence[float | int] = (1.0, 1.0, 0.1),
         temperature: float | int = 0.1,
-        forward_map: str = "linear",
+        forward: str = "linear",
         center: bool = True,
         epochs: Any = 60,
         lr: float | int = 1e-3,
@@ -73,7 +92,7 @@ class CompatibleAdapter(BaseEstimator):
         self.alpha = alpha
         self.w = w
         self.temperature = temperature
-        self.forward_map = forward_map
+        self.forward = forward
         self.center = center
         self.epochs = epochs
         self.lr = lr
@@ -117,6 +136,7 @@ class CompatibleAdapter(BaseEstimator):
         """B: new vectors ``[M, n]`` into the common space ``[M, n]``."""
         return self._apply("map_new", H_new, "H_new")
 
+    @_Shared
     def forward(self, H_old: Any) -> np.ndarray:
         """F: old vectors ``[M, d]`` into the common space ``[M, n]``."""
         return self._apply("map_old", H_old, "H_old")
@@ -128,6 +148,10 @@ class CompatibleAdapter(BaseEstimator):
     def transform(self, H_new: Any) -> np.ndarray:
         """Same as :meth:`backward`: what queries go through in production."""
         return self.backward(H_new)
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """The parameters of the constructor."""
+        return super().get_params(deep) | {"forward": vars(self)["forward"]}
 
     def save(self, path: str | Path) -> None:
         """Write the fitted adapter as one safetensors file, whole or not at all."""
@@ -181,7 +205,7 @@ class CompatibleAdapter(BaseEstimator):
             alpha=self.alpha,
             weights=tuple(self.w),
             temperature=self.temperature,
-            forward=self.forward_map,
+            forward=vars(self)["forward"],
             center=self.center,
             epochs=int(self.epochs),
             lr=self.lr,

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -16,7 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from stiefel.checkpoint import CheckpointError, CheckpointWriter
-from stiefel.checkpoint.swap import partial_folder, real_folder, recover
+from stiefel.checkpoint.swap import (
+    partial_folder,
+    real_folder,
+    recover,
+    sync_folder,
+    take_name,
+)
 from stiefel.checkpoint.writer import FLUSH_BYTES
 from stiefel.merge.engine_inputs import Inputs, adapter_files, identity, sha256
 from stiefel.merge.engine_progress import MergeProgress, Meter
@@ -32,6 +40,7 @@ from stiefel.merge.engine_report import (
 )
 from stiefel.merge.engine_work import Job, work
 from stiefel.merge.lie_average import CancellationWarning
+from stiefel.merge.plan_adapters import AdapterPlan, build_adapter_plan, run_adapter_plan
 from stiefel.merge.plan_types import MergePlan
 from stiefel.merge.turning import HalfTurnWarning
 
@@ -54,10 +63,11 @@ def merge(
     stored, computed in float32 (float64 where an input is), and rounded once to the output's type.
     The same recipe and inputs give the same bytes, whatever the number of threads.
 
-    A recipe whose models are all adapters makes an adapter, in one go and without merge.json.
+    A recipe whose models are all adapters makes an adapter, in one go: nothing is resumed.
 
     Args:
-        recipe: The path of one, a checked one, or a :class:`~stiefel.merge.plan_types.MergePlan`.
+        recipe: The path of one, a checked one, or a plan: a
+            :class:`~stiefel.merge.plan_types.MergePlan` or ``AdapterPlan``.
         out: The output. What an earlier merge left there is replaced when the new one is whole; a
             folder with anything else in it is refused.
         resume: Go on where an interrupted run of the same recipe on the same files stopped; from
@@ -81,9 +91,9 @@ def merge(
     folder = real_folder(out)
     recover(folder)
     plan = _planned(recipe, folder, planning)
-    if not isinstance(plan, MergePlan):
-        return _merge_adapters(plan, folder, start)
     _check_folder(folder)
+    if isinstance(plan, AdapterPlan):
+        return _merge_adapters(plan, folder, start)
     for model in plan.models:
         if folder in (real_folder(model.path), real_folder(model.path).parent):
             raise CheckpointError(f"the output {folder} would replace the input {model.path}")
@@ -104,19 +114,17 @@ def merge(
         )
         resumed = len(writer.done)
         with writer:
-            content = _carry_out(plan, inputs, writer, threads or _processors(), progress)
+            content = _carry_out(plan, inputs, writer, threads or processors(), progress)
     finally:
         inputs.close()
     return MergeReport(folder, content, time.monotonic() - start, resumed)
 
 
-def _planned(recipe: Any, folder: Path, planning: dict[str, Any]) -> Any:
-    """A :class:`MergePlan`, or an ``AdapterPlan`` of a recipe that merges adapters."""
-    if isinstance(recipe, MergePlan):
+def _planned(recipe: Any, folder: Path, planning: dict[str, Any]) -> MergePlan | AdapterPlan:
+    if isinstance(recipe, MergePlan | AdapterPlan):
         return recipe
     # Here: recipes need PyYAML and Pydantic, plans do not.
     from stiefel.merge.plan import build_plan
-    from stiefel.merge.plan_adapters import build_adapter_plan
     from stiefel.merge.recipe import read_recipe
     from stiefel.merge.recipe_types import Recipe
 
@@ -129,25 +137,44 @@ def _planned(recipe: Any, folder: Path, planning: dict[str, Any]) -> Any:
     return build_plan(recipe, out=folder, **options)
 
 
-def _merge_adapters(plan: Any, folder: Path, start: float) -> MergeReport:
-    """Adapters into an adapter: small, made in one go; the folder gets no merge.json."""
-    from stiefel.merge.plan_adapters import run_adapter_plan
-
-    made = run_adapter_plan(plan, folder)
-    files = sorted(entry.name for entry in folder.iterdir())
-    nbytes = sum((folder / name).stat().st_size for name in files)
-    content = {
-        "versions": versions(),
-        "recipe": plan.recipe_text,
-        "seed": plan.seed,
-        "inputs": [
+def _merge_adapters(plan: AdapterPlan, folder: Path, start: float) -> MergeReport:
+    """Adapters into an adapter: small, made in one go, with the same reports beside it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    private = tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".partial")
+    made = Path(private) / "made"
+    try:
+        result = run_adapter_plan(plan, made)
+        files = sorted(entry.name for entry in made.iterdir())
+        hashes = [
             {"model": name, "files": {path.name: sha256(path) for path in adapter_files(place)}}
             for name, place in zip(plan.names, plan.paths, strict=True)
-        ],
-        "output": {"bytes": nbytes, "tensors": len(made.modules), "files": files},
-        "warnings": [*plan.warnings, *made.warnings],
-        "tensors": made.modules,
-    }
+        ]
+        content = {
+            "versions": versions(),
+            "recipe": plan.recipe_text,
+            "seed": plan.seed,
+            "inputs": hashes,
+            "output": {
+                "bytes": sum((made / name).stat().st_size for name in files),
+                "tensors": len(result.modules),
+                "files": sorted([*files, RECIPE_FILE, REPORT_FILE]),
+            },
+            "warnings": list(dict.fromkeys([*plan.warnings, *result.warnings])),
+            "tensors": result.modules,
+        }
+        texts = {
+            RECIPE_FILE: recipe_with_inputs(plan.recipe_text, hashes),
+            REPORT_FILE: report_text(content),
+        }
+        for name, text in texts.items():
+            with open(made / name, "w", encoding="utf-8", newline="\n") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+        sync_folder(made)
+        take_name(made, folder)
+    finally:
+        shutil.rmtree(private, ignore_errors=True)
     return MergeReport(folder, content, time.monotonic() - start, 0)
 
 
@@ -178,7 +205,7 @@ def _carry_out(
             writer.add_file(name, source)
     for name, text in plan.files_to_write.items():
         writer.add_text(name, text)
-    writer.add_text(RECIPE_FILE, recipe_with_inputs(plan, hashes))
+    writer.add_text(RECIPE_FILE, recipe_with_inputs(plan.recipe_text, hashes))
     writer.add_text(REPORT_FILE, report_text(content))
     return content
 
@@ -220,7 +247,7 @@ def _finished(folder: Path, plan: MergePlan, inputs: Inputs) -> Mapping[str, Any
     return earlier if earlier.get("inputs") == hashes else None
 
 
-def _processors() -> int:
+def processors() -> int:
     """Processors that this process may use, at most :data:`MOST_THREADS`."""
     allowed = getattr(os, "sched_getaffinity", None)
     return min(MOST_THREADS, len(allowed(0)) if allowed else os.cpu_count() or 1)

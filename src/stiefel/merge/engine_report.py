@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 import stiefel
+from stiefel.merge.lie_average import SMALLEST_SIZE
 from stiefel.merge.plan_types import MergePlan, TensorRef, TensorTask
 
 REPORT_FILE = "merge.json"
@@ -129,7 +130,8 @@ def _warnings(plan: MergePlan, notes: Mapping[str, Mapping[str, Any]]) -> list[s
             )
         if note.get("not_finite"):
             found.append(f"{task.name}: {note['not_finite']} entries of the result are not finite")
-        if note.get("correction") == 0 and any(note.get("rotations", ())):
+        # Rotations made of rounding, where no expert moved this layer, are no loss.
+        if note.get("correction") == 0 and sum(note.get("rotations", ())) > SMALLEST_SIZE:
             found.append(f"{task.name}: the rotations cancel, the layer is not turned")
         if note.get("map") == "log" and task.parameters.get("map", "cayley") != "log":
             found.append(
@@ -149,13 +151,12 @@ def report_text(content: Mapping[str, Any]) -> str:
     return text[: text.rindex("\n}")] + ',\n "tensors": {\n' + ",\n".join(lines) + "\n }\n}\n"
 
 
-def recipe_with_inputs(plan: MergePlan, inputs: Hashes) -> str:
+def recipe_with_inputs(recipe: str, inputs: Hashes) -> str:
     """stiefel_merge.yaml: the recipe as it was, below what it was carried out with."""
     lines = [f"# {name} {version}" for name, version in versions().items()]
     for entry in inputs:
         for file, digest in entry["files"].items():
             lines.append(f"# {entry['model']}: {file} sha256 {digest}".replace("\n", " "))
-    recipe = plan.recipe_text
     return "\n".join(lines) + "\n" + recipe + ("" if recipe.endswith("\n") else "\n")
 
 

@@ -16,7 +16,7 @@ from stiefel.merge.plan_types import TensorTask
 
 ROTATIONAL = ("orthomerge",)
 
-_SETTINGS = ("variant", "residual", "residual_scale", "map", "density")
+_SETTINGS = ("variant", "residual", "residual_scale", "map", "density", "intensity")
 # Models of transformers whose layers store W as [in, out], and what those layers are called. The
 # rotation acts on the input side, so these are turned over before and after.
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
@@ -38,13 +38,16 @@ def merge_matrix(
     """The merged tensor in the output's type, and what the report tells about it."""
     known = {name: task.parameters[name] for name in _SETTINGS if name in task.parameters}
     settings = OrthoSettings(**known, seed=seed)
+    weights = each(task, "weight", 1.0)
+    if not any(weights):  # nobody counts here, by a filter or a gradient: the base stays
+        return base.whole().to(task.dtype), {}
     origin, experts = base.whole(), [source.whole() for source in sources]
     turned_over = stored_in_out(task, base.config)
     if turned_over:
         origin, experts = origin.mT, [expert.mT for expert in experts]
     out = torch.empty(origin.shape, dtype=task.dtype)
     result, report = orthomerge_tensor(
-        origin, experts, settings, weights=each(task, "weight", 1.0), name=task.name, out=out
+        origin, experts, settings, weights=weights, name=task.name, out=out
     )
     details: dict[str, Any] = {"residuals": list(report.residuals)}
     if report.map is not None:
@@ -54,9 +57,6 @@ def merge_matrix(
             "map": report.map,
         }
     return (result.mT if turned_over else result), details
-
-
-_SETTINGS = ("variant", "residual", "residual_scale", "map", "density", "intensity")
 
 
 def stored_in_out(task: TensorTask, config: Mapping[str, Any] | None) -> bool:

@@ -34,7 +34,7 @@ class NonFiniteError(ValueError):
 
     def __init__(self, findings: Sequence[str], more: str) -> None:
         self.findings = tuple(findings)
-        super().__init__("\n".join([*findings, more]))
+        super().__init__("\n".join([*findings, more]).rstrip())
 
 
 class Stopped(Exception):
@@ -74,6 +74,8 @@ class Job:
     notes: dict[str, dict[str, Any]] = field(default_factory=dict)
     findings: list[str] = field(default_factory=list)
     """NaN and infinities found so far; once there is one, the rest is only looked at."""
+    spoilt: bool = False
+    """Whether inputs were among them, not only results that overflow."""
     stop: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
@@ -101,7 +103,7 @@ class Job:
         with _one_torch_thread(), large_blocks_given_back() if large else nullcontext():
             _in_threads(jobs, threads, self.stop)
         if self.findings:
-            raise NonFiniteError(sorted(self.findings), _WAY_OUT)
+            raise NonFiniteError(sorted(self.findings), _WAY_OUT if self.spoilt else "")
         return hashes
 
     def _hash(self, file: Path, hashes: dict[Path, str]) -> None:
@@ -234,6 +236,7 @@ class Job:
                 if not all_finite(rows):
                     bad += int((~rows.isfinite()).sum())
             if bad:
+                self.spoilt = True
                 found.append(
                     f"{reader.ref.model}: {reader.ref.tensor} holds {bad} NaN or infinities "
                     f"among {numel} entries"

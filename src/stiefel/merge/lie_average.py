@@ -19,6 +19,9 @@ from stiefel.linalg import skew
 from stiefel.linalg._checks import check_floating, check_skew, compute_dtype
 from stiefel.merge.arithmetic import Number
 
+SMALLEST_SIZE = 1e-8
+"""Rotations of a total size below this are rounding."""
+
 
 class CancellationWarning(UserWarning):
     """The rotations of a layer cancel: their sum has no direction, and the layer is not turned."""
@@ -29,7 +32,7 @@ def merge_rotations(
     weights: Sequence[Number] | None = None,
     intensity: Number = 1.0,
     correct: bool = True,
-    eps: Number = 1e-8,
+    eps: Number = SMALLEST_SIZE,
 ) -> Float[Tensor, "*batch d d"]:
     """Merge skew matrices: the direction of their sum, the mean of their norms.
 
@@ -71,7 +74,7 @@ def merge_coordinates(
     weights: Sequence[Number] | None = None,
     intensity: Number = 1.0,
     correct: bool = True,
-    eps: Number = 1e-8,
+    eps: Number = SMALLEST_SIZE,
 ) -> Float[Tensor, "*shape"]:
     """:func:`merge_rotations` of any linear coordinates: matrices, or triangles of OFT adapters.
 
@@ -101,7 +104,7 @@ def merge_coordinates(
     return total * (factor * magnitude_correction(size, torch.linalg.vector_norm(total), eps))
 
 
-def magnitude_correction(size: Tensor, norm: Tensor, eps: Number = 1e-8) -> Tensor:
+def magnitude_correction(size: Tensor, norm: Tensor, eps: Number = SMALLEST_SIZE) -> Tensor:
     """c = Σ wᵢ‖Qᵢ‖ / ‖Σ wᵢQᵢ‖; 0 where the sum cancels, with a warning where there was something.
 
     ``size``: Σ wᵢ‖Qᵢ‖. ``norm``: ‖Σ wᵢQᵢ‖. A norm below √(machine

@@ -107,6 +107,13 @@ class Adapter:
         """Stored tensors of a module (``"lora_A.weight"``, …); empty if it is not adapted."""
         return tuple(self._layout.parts.get(module, ()))
 
+    def shape(self, module: str) -> tuple[int, ...]:
+        """What has to agree between adapters of a module: of a LoRA the shape ``[out, in, …]`` of
+        ΔW, of an OFT that of the stored triangles ``[blocks, b(b - 1)/2]``."""
+        if self.kind == "OFT":
+            return self._shapes[next(iter(self._parts(module).values()))]
+        return self._weight_shape(module)
+
     def is_dora(self, module: str) -> bool:
         """Whether the module's rows are rescaled as well (DoRA), which no sum of updates does."""
         return any(part.startswith("lora_magnitude_vector") for part in self.parts(module))

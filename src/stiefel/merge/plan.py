@@ -227,11 +227,14 @@ class _Planner:
     def _check_counts(self, part: Part) -> None:
         leader = part.leader.model
         for member in part.members:
+            kinds = [m.config.get("model_type") for m in (member.model, leader)]
+            one, other = ("", "") if kinds[0] == kinds[1] else (f" of {k}" for k in kinds)
             if member.model.layers.count != leader.layers.count:
                 self.problems.append(
                     Problem(
-                        f"has {member.model.layers.count} layers, {leader.name} has "
-                        f"{leader.layers.count}; slices merge chosen layers",
+                        f"has {member.model.layers.count} layers{one}, "
+                        f"{leader.name} has {leader.layers.count}{other}; "
+                        "slices merge chosen layers",
                         member.model.name,
                         member.model.line,
                     )
@@ -255,11 +258,8 @@ class _Planner:
 
     def _differently(self, leader: Model, others: Sequence[Model]) -> None:
         names = ", ".join(dict.fromkeys(model.name for model in others))
-        one, other = ("shares", "have") if leader.is_tied else ("has", "share")
-        text = (
-            f"{leader.name} {one} {'embedding and head' if leader.is_tied else 'a head of its own'}"
-            f", {names} {other} {'heads of their own' if leader.is_tied else 'embedding and head'}"
-        )
+        tied, untied = (leader.name, names) if leader.is_tied else (names, leader.name)
+        text = f"one tensor is embedding and head of {tied}, but not of {untied}"
         if self.recipe.policies.tied == "error":
             self.problems.append(Problem(f"{text}. allow_tied: untie gives the output a head"))
         else:
@@ -308,6 +308,8 @@ def check_output(out: Path, plan: MergePlan) -> list[Problem]:
     """What speaks against writing the plan's output to ``out``: place and room."""
     problems = []
     real = out.resolve()
+    if not real.name:
+        return [Problem(f"{out} cannot be an output; give a folder below it")]
     for model in plan.models:
         for path in (model.path, model.adapter):
             if path is None:

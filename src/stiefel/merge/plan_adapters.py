@@ -41,6 +41,8 @@ class AdapterPlan:
     """Of all inputs together."""
     recipe_text: str
     warnings: tuple[str, ...] = ()
+    dense: tuple[int, ...] = ()
+    """Entries of each ΔW that the method forms; empty where it works on the factors."""
 
 
 def build_adapter_plan(
@@ -98,6 +100,7 @@ def build_adapter_plan(
         nbytes=sum(adapter.file.stat().st_size for adapter in found),
         recipe_text=recipe.text,
         warnings=tuple(dict.fromkeys(notes)),
+        dense=_dense(recipe, found),
     )
 
 
@@ -181,6 +184,29 @@ def _check(recipe: Recipe, adapters: Sequence[Adapter]) -> list[Problem]:
                         f"has {first.config.get(key)}: blocks have to be the same"
                     )
                     problems.append(Problem(text, str(source.ref), line))
+    return problems or _check_shapes(recipe.slices[0].sources, adapters)
+
+
+def _dense(recipe: Recipe, adapters: Sequence[Adapter]) -> tuple[int, ...]:
+    if recipe.method.low_rank not in ("ties", "dare"):
+        return ()
+    shapes = {module: a.shape(module) for a in adapters for module in a.modules}
+    return tuple(math.prod(shape) for shape in shapes.values())
+
+
+def _check_shapes(sources: Sequence[Source], adapters: Sequence[Adapter]) -> list[Problem]:
+    """Whether adapters of a module are for the same layer; all of one kind."""
+    problems = []
+    first: dict[str, tuple[Source, tuple[int, ...]]] = {}
+    for adapter, source in zip(adapters, sources, strict=True):
+        for module in adapter.modules:
+            other, wanted = first.setdefault(module, (source, adapter.shape(module)))
+            if adapter.shape(module) != wanted:
+                text = (
+                    f"{module} has shape {list(adapter.shape(module))}, in {other.ref} "
+                    f"{list(wanted)}: adapters of one base model are needed"
+                )
+                problems.append(Problem(text, str(source.ref), source.ref.line))
     return problems
 
 
@@ -189,6 +215,9 @@ def _weights(recipe: Recipe, sources: Sequence[Source], problems: list[Problem])
     if problems or any(weight is None for weight in weights):
         return []
     found = [float(weight) for weight in weights if weight is not None]
+    if recipe.method.adapters_only and not any(found):
+        problems.append(Problem("the weights are all zero", "parameters.weight"))
+        return []
     scale = 1.0
     if recipe.method.parameter("lambda") is not None:
         scale = float(_plain(recipe, None, "lambda", problems) or 0.0)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from stiefel.checkpoint.folder import leads_out
 from stiefel.merge.plan_layers import LAYER_KEYS, TEXT_PARTS, text_part
 from stiefel.merge.plan_models import Model
 from stiefel.merge.plan_tokens import TOKENIZER_FILES
@@ -101,12 +102,24 @@ def files_to_copy(
     """Files beside the weights, and notes on what is left behind.
 
     Generation and processor settings come from the base, the tokenizer from its own model. Python
-    files only with ``trust_remote_code``; weights, indexes and model cards never.
+    files only with ``trust_remote_code``; weights, indexes and model cards never, and no file that
+    a link brings in from outside: the output may be given to others.
     """
-    found = {n: base.folder / n for n in _FILES if (base.folder / n).is_file()}
-    found |= {n: tokenizer.folder / n for n in TOKENIZER_FILES if (tokenizer.folder / n).is_file()}
-    notes = []
-    scripts = sorted(path for path in base.folder.glob("*.py") if path.is_file())
+    notes: list[str] = []
+
+    def inside(model: Model, names: Iterable[str]) -> dict[str, Path]:
+        there = {n: model.folder / n for n in names if (model.folder / n).is_file()}
+        for name, path in list(there.items()):
+            if (outside := leads_out(path, model.folder)) is not None:
+                del there[name]
+                notes.append(
+                    f"{model.name}: {name} is a link out of the folder, to {outside}, and is not "
+                    "copied"
+                )
+        return there
+
+    found = inside(base, _FILES) | inside(tokenizer, TOKENIZER_FILES)
+    scripts = sorted(inside(base, (p.name for p in base.folder.glob("*.py"))).values())
     if trust_remote_code:
         found |= {path.name: path for path in scripts}
     elif scripts and "auto_map" in base.config:

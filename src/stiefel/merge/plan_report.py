@@ -35,6 +35,9 @@ SECONDS_PER_ENTRY = {
     "orthomerge": 7.5e-9,
 }
 SECONDS_PER_HASHED_BYTE = 0.7e-9
+# Adapters: per byte of factors, and per entry of each dense update, for each adapter.
+SECONDS_PER_FACTOR_BYTE = 5e-9
+SECONDS_PER_DENSE_ENTRY = 2e-8
 SECONDS_PER_CUBE = 0.9e-9
 
 
@@ -129,6 +132,14 @@ def plan_json(plan: MergePlan, estimated: Estimate) -> dict[str, Any]:
     }
 
 
+def estimate_adapters(plan: AdapterPlan) -> tuple[int, float]:
+    """Peak memory in bytes, and CPU seconds, of a plan of adapters."""
+    largest, count = max(plan.dense, default=0), len(plan.paths)
+    memory = BARE_BYTES + 3 * plan.nbytes + 4 * largest * (count + 3)
+    seconds = SECONDS_PER_FACTOR_BYTE * plan.nbytes
+    return memory, seconds + SECONDS_PER_DENSE_ENTRY * sum(plan.dense) * count
+
+
 def adapter_json(plan: AdapterPlan) -> dict[str, Any]:
     """A plan of adapters as JSON takes it."""
     return {
@@ -140,6 +151,8 @@ def adapter_json(plan: AdapterPlan) -> dict[str, Any]:
         "method": plan.method,
         "modules": plan.modules,
         "input_bytes": plan.nbytes,
+        "peak_bytes": estimate_adapters(plan)[0],
+        "seconds": estimate_adapters(plan)[1],
         "warnings": list(plan.warnings),
     }
 
@@ -175,6 +188,9 @@ def adapter_lines(plan: AdapterPlan) -> list[tuple[str, str]]:
     kind = {"LORA": "LoRA", "OFT": "OFT"}[plan.kind]
     lines.append(("merge", f"{plan.modules} modules by {plan.method}"))
     lines.append(("write", f"one {kind} adapter"))
+    memory, seconds = estimate_adapters(plan)
+    lines.append(("memory", f"about {bytes_text(memory)}"))
+    lines.append(("time", f"about {seconds_text(seconds)}"))
     return lines
 
 

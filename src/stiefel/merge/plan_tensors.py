@@ -308,13 +308,18 @@ class Tasks:
                 if not parameter.each:
                     name = parameter.name
                     shared[name] = resolve(parameter, outer, slot.name, slot.t)
+            owns = {id(m): own for m, own in zip(part.members, slot.own, strict=True)}
             for member in members:
                 inner = () if member.source is None else (member.source.parameters,)
+                # Filters of a model's parameters are for its own names: layers have other numbers
+                # there than in a stacked output.
+                tensor = owns[id(member)] if self.recipe.stacked else None
                 own: dict[str, Any] = {}
                 for parameter in method.parameters:
                     if parameter.each:
                         name = parameter.name
-                        own[name] = resolve(parameter, (*inner, *outer), slot.name, slot.t)
+                        places = (*inner, *outer)
+                        own[name] = resolve(parameter, places, tensor or slot.name, slot.t)
                 each.append(own)
         except LookupError:
             self._odd[f"parameter {name}", method.name].append(slot.name)

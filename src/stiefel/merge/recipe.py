@@ -74,6 +74,8 @@ def parse_recipe(text: str, name: str = "recipe") -> Recipe:
     except pydantic.ValidationError as error:
         problems += [_problem(e, document, recipe_schema) for e in error.errors()]
     if schema is None or method is None:
+        if method is not None:
+            Reader(document, method, problems).parameters()
         raise RecipeError(name, _sorted(problems))
     reader = Reader(document, method, problems)
     recipe = reader.recipe(schema, text, name)
@@ -123,6 +125,10 @@ def _problem(error: Any, document: Document, schema: Any) -> Problem:
         message = f"must be {' | '.join(words)}, got {shown(got)}{close}"
     elif kind == "value_error":
         message = str(error["ctx"]["error"])
+    elif kind == "model_type":
+        forms = {"Ref": "path, path+adapter or {model: path, lora: path}", "Place": "a path"}
+        form = forms.get(error["ctx"]["class_name"], "keys and values")
+        message = f"must be {form}, got {shown(got)}"
     else:
         message = f"{error['msg'].lower()}, got {shown(got)}"
     return Problem(message, key, line)

@@ -34,6 +34,9 @@ class Reader:
         parameters = self._settings(schema.parameters, ("parameters",), each=False)
         for one in slices:
             self._check_slice(one, base)
+        if schema.allow_nonfinite == "base" and self.method.base != "required":
+            with_base = f"{self.method.name} does not read the base: choose error or keep"
+            self._say(("allow_nonfinite",), with_base)
         tokenizer, union = self._tokenizer(schema)
         return Recipe(
             method=self.method,
@@ -58,6 +61,24 @@ class Reader:
             name=name,
             warnings=tuple(self.warnings),
         )
+
+    def parameters(self) -> None:
+        """Check the parameters alone, of a recipe whose keys are wrong elsewhere."""
+
+        def items(value: Any, *path: str | int) -> list[tuple[Any, tuple[str | int, ...]]]:
+            found = value if isinstance(value, list) else []
+            return [(item, (*path, i)) for i, item in enumerate(found) if isinstance(item, dict)]
+
+        content = self.document.content
+        slices = items(content.get("slices"), "slices")
+        models = items(content.get("models"), "models")
+        for one, path in slices:
+            models += items(one.get("sources"), *path, "sources")
+        places = [*((p, True) for p in models), *((p, False) for p in [*slices, (content, ())])]
+        for (holder, path), each in places:
+            raw = holder.get("parameters")
+            if isinstance(raw, dict):
+                self._settings(raw, (*path, "parameters"), each=each)
 
     def _say(self, path: Sequence[str | int], message: str) -> None:
         self.problems.append(Problem(message, dotted(path), self.document.line(tuple(path))))

@@ -5,9 +5,9 @@ Imported only where a recipe is read, since Pydantic is an extra.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 Dtype = Literal["float32", "float16", "bfloat16", "float64"]
@@ -107,6 +107,10 @@ class Tokenizer(_Strict):
     source: Ref = Ref(model=Place(path="base"))
 
 
+def _without_torch(value: Any) -> Any:
+    return value.removeprefix("torch.") if isinstance(value, str) else value
+
+
 class Schema(_Strict):
     """A whole recipe."""
 
@@ -115,8 +119,8 @@ class Schema(_Strict):
     slices: list[OutputSlice] | None = Field(default=None, min_length=1)
     base_model: Ref | None = None
     parameters: dict[str, Any] | None = None
-    dtype: Dtype | None = None
-    out_dtype: Dtype | None = None
+    dtype: Annotated[Dtype | None, BeforeValidator(_without_torch)] = None
+    out_dtype: Annotated[Dtype | None, BeforeValidator(_without_torch)] = None
     tokenizer_source: Ref | None = None
     tokenizer: Tokenizer | None = None
     chat_template: str | None = None

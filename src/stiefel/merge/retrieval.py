@@ -20,11 +20,10 @@ METRICS = ("l2", "cosine")
 
 
 def retrieval_metrics(
-    queries: Float[Tensor, "m d"],
-    gallery: Float[Tensor, "n e"],
-    query_labels: Int[Tensor, " a"],
-    gallery_labels: Int[Tensor, " b"],
-    *,
+    Q: Float[Tensor, "m d"],
+    G: Float[Tensor, "n e"],
+    yq: Int[Tensor, " a"],
+    yg: Int[Tensor, " b"],
     exclude_self: bool = False,
     chunk: int | None = None,
 ) -> dict[str, float]:
@@ -38,10 +37,10 @@ def retrieval_metrics(
     values, a block of queries at a time, and the right ones looked up.
 
     Args:
-        queries: ``[m, d]``, no row zero.
-        gallery: ``[n, e]``.
-        query_labels: Classes ``[m]``.
-        gallery_labels: Classes ``[n]``.
+        Q: Queries ``[m, d]``, no row zero.
+        G: Gallery ``[n, e]``.
+        yq: Classes of the queries ``[m]``.
+        yg: Classes of the gallery ``[n]``.
         exclude_self: Query i is gallery item i and does not count as its own answer.
         chunk: Queries at a time; by default what keeps the scores under 128 MB.
 
@@ -53,25 +52,25 @@ def retrieval_metrics(
         ValueError: sizes that do not fit, a zero row, NaN or infinity, no query with an answer.
         TypeError: not floating point.
     """
-    _check_labels(queries, query_labels, "queries")
-    _check_labels(gallery, gallery_labels, "gallery")
-    if exclude_self and len(queries) != len(gallery):
+    _check_labels(Q, yq, "Q")
+    _check_labels(G, yg, "G")
+    if exclude_self and len(Q) != len(G):
         raise ValueError(
-            f"exclude_self needs the queries to be the gallery, got {len(queries)} queries and "
-            f"{len(gallery)} items"
+            f"exclude_self needs the queries to be the gallery, got {len(Q)} queries and "
+            f"{len(G)} items"
         )
-    width = min(queries.shape[1], gallery.shape[1])
-    q = unit_rows(queries[:, :width], "queries")
-    g = unit_rows(gallery[:, :width].to(queries.dtype), "gallery")
+    width = min(Q.shape[1], G.shape[1])
+    q = unit_rows(Q[:, :width], "Q")
+    g = unit_rows(G[:, :width].to(Q.dtype), "G")
     rows = chunk or max(1, BLOCK // max(1, len(g)))
-    items = {int(c): (gallery_labels == c).nonzero().flatten() for c in gallery_labels.unique()}
+    items = {int(c): (yg == c).nonzero().flatten() for c in yg.unique()}
     firsts: list[Tensor] = []
     precisions: list[Tensor] = []
-    for label in query_labels.unique().tolist():
+    for label in yq.unique().tolist():
         right = items.get(label)
         if right is None:
             continue
-        for part in (query_labels == label).nonzero().flatten().split(rows):
+        for part in (yq == label).nonzero().flatten().split(rows):
             ranks = _ranks(q[part], g, right, part if exclude_self else None)
             if exclude_self:  # itself, behind everything
                 ranks = ranks[:, :-1]
@@ -118,12 +117,12 @@ def _sorted(scores: Tensor) -> Tensor:
 
 
 def backfill_order(
-    forward: Float[Tensor, "n d"], labels: Int[Tensor, " a"], metric: str = "l2"
+    F_old: Float[Tensor, "n d"], labels: Int[Tensor, " a"], metric: str = "l2"
 ) -> Int[Tensor, " n"]:
     """In which order to re-embed a gallery: items farthest from the mean of their class first.
 
     Args:
-        forward: The gallery in the new space by the forward map, F(h_old), ``[n, d]``.
+        F_old: The gallery in the new space by the forward map, F(h_old), ``[n, d]``.
         labels: Classes of the gallery ``[n]``.
         metric: ``"l2"`` (the paper) or ``"cosine"``.
 
@@ -135,17 +134,17 @@ def backfill_order(
     """
     if metric not in METRICS:
         raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
-    _check_labels(forward, labels, "forward")
-    if not bool(forward.isfinite().all()):
-        raise ValueError("forward must be finite, but has NaN or infinity")
+    _check_labels(F_old, labels, "F_old")
+    if not bool(F_old.isfinite().all()):
+        raise ValueError("F_old must be finite, but has NaN or infinity")
     _, classes = labels.unique(return_inverse=True)
-    sums = forward.new_zeros(int(classes.max()) + 1, forward.shape[1])
-    means = sums.index_add_(0, classes, forward) / classes.bincount()[:, None]
+    sums = F_old.new_zeros(int(classes.max()) + 1, F_old.shape[1])
+    means = sums.index_add_(0, classes, F_old) / classes.bincount()[:, None]
     own = means[classes]
     if metric == "l2":
-        distance = torch.linalg.vector_norm(forward - own, dim=1)
+        distance = torch.linalg.vector_norm(F_old - own, dim=1)
     else:
-        distance = 1 - torch.cosine_similarity(forward, own, dim=1)
+        distance = 1 - torch.cosine_similarity(F_old, own, dim=1)
     return distance.argsort(descending=True, stable=True)
 
 
@@ -172,7 +171,7 @@ def backfill_curve(
     gallery_labels: Int[Tensor, " b"],
     *,
     metric: str = "map",
-    betas: Sequence[float] = BETAS,
+    betas: Sequence[float | int] = BETAS,
     exclude_self: bool = False,
 ) -> BackfillCurve:
     """Retrieval while the first ⌊βn⌋ items of ``order`` are re-embedded.

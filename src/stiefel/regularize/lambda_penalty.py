@@ -21,7 +21,9 @@ class LambdaOrthogonality(nn.Module):
         ValueError: λ < 0, α ≤ 0 or a negative weight.
     """
 
-    def __init__(self, lam: float | int, alpha: float | int = ALPHA, weight: float | int = 1.0) -> None:
+    def __init__(
+        self, lam: float | int, alpha: float | int = ALPHA, weight: float | int = 1.0
+    ) -> None:
         super().__init__()
         check_gate(lam, alpha)
         if not weight >= 0:

@@ -40,7 +40,8 @@ PROMISED = {
     "training_clock compare_to_reference cosine_moments accepted_deviation capacity min_dimension "
     "worst_case_overlap pack_directions fit_capacity welch_bound ConceptCylinder",
     "numerics": "fit_basis sample_design DPPLeastSquares LegendreDPP HermiteDPP "
-    "OnlineOrthogonalDictionary fw_step recovery_error",
+    "OnlineOrthogonalDictionary fw_step recovery_error sor_solve ssor_pcg TsallisINF ChebCB "
+    "RelaxedSolver",
     "checkpoint": "Checkpoint CheckpointError CheckpointWriter TensorInfo",
     "papers": "all_papers get Paper Claim Measurement Verdict Scale",
     "atlas": "reproduce build_page",

@@ -115,9 +115,7 @@ def test_circular_imports_end(lab):
 
 
 def test_stiefel_counts_for_papers_from_elsewhere(lab):
-    (lab / "start.py").write_text(
-        "import stiefel.storage\nfrom stiefel import __version__\n"
-    )
+    (lab / "start.py").write_text("import stiefel.storage\nfrom stiefel import __version__\n")
     assert names("lab.start") == {"lab.start", "stiefel"}
 
 

@@ -19,9 +19,9 @@ from stiefel.linalg.hippo_ptd import spike_frequencies as spike_frequencies
 from stiefel.linalg.polar import newton_schulz as newton_schulz
 from stiefel.linalg.polar import orthogonality_error as orthogonality_error
 from stiefel.linalg.polar import polar as polar
+from stiefel.linalg.procrustes import procrustes_rotation as procrustes_rotation
 from stiefel.linalg.relaxed_orthogonality import lambda_orthogonality as lambda_orthogonality
 from stiefel.linalg.relaxed_orthogonality import orthogonality_distance as orthogonality_distance
-from stiefel.linalg.procrustes import procrustes_rotation as procrustes_rotation
 from stiefel.linalg.rotation import cayley as cayley
 from stiefel.linalg.rotation import haar as haar
 from stiefel.linalg.rotation import inverse_cayley as inverse_cayley

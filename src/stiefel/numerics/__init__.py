@@ -3,6 +3,9 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from stiefel.numerics.bandits import BinnedTsallisINF as BinnedTsallisINF
+from stiefel.numerics.bandits import TsallisINF as TsallisINF
+from stiefel.numerics.bandits import tsallis_probabilities as tsallis_probabilities
 from stiefel.numerics.dictionary import DictionaryState as DictionaryState
 from stiefel.numerics.dictionary import NoGradientWarning as NoGradientWarning
 from stiefel.numerics.dictionary import frank_wolfe_gap as frank_wolfe_gap
@@ -35,6 +38,14 @@ from stiefel.numerics.least_squares_polynomials import (
 )
 from stiefel.numerics.least_squares_polynomials import tensor_polynomials as tensor_polynomials
 from stiefel.numerics.least_squares_polynomials import total_degree as total_degree
+from stiefel.numerics.relaxation import SolveResult as SolveResult
+from stiefel.numerics.relaxation import optimal_omega as optimal_omega
+from stiefel.numerics.relaxation import sor_radius as sor_radius
+from stiefel.numerics.relaxation import sor_solve as sor_solve
+from stiefel.numerics.relaxation import ssor_pcg as ssor_pcg
+from stiefel.numerics.relaxation_chebyshev import ChebCB as ChebCB
+from stiefel.numerics.relaxation_solver import RelaxedSolver as RelaxedSolver
+from stiefel.numerics.sor_operators import GridOperator as GridOperator
 
 if TYPE_CHECKING:
     from stiefel.numerics.dictionary_sklearn import (
@@ -44,15 +55,21 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Basis",
+    "BinnedTsallisINF",
+    "ChebCB",
     "DPPLeastSquares",
     "Design",
     "DictionaryState",
+    "GridOperator",
     "HermiteDPP",
     "JacobiDPP",
     "LeastSquaresFit",
     "LegendreDPP",
     "NoGradientWarning",
     "OnlineOrthogonalDictionary",
+    "RelaxedSolver",
+    "SolveResult",
+    "TsallisINF",
     "chernoff_rate",
     "error_bound",
     "fit_basis",
@@ -63,6 +80,7 @@ __all__ = [
     "instability_bound",
     "keep_largest",
     "linear_oracle",
+    "optimal_omega",
     "orthonormal_polynomials",
     "power_gradient",
     "recovery_error",
@@ -72,9 +90,13 @@ __all__ = [
     "samples_for_stability",
     "soft_threshold",
     "solve_design",
+    "sor_radius",
+    "sor_solve",
+    "ssor_pcg",
     "start_dictionary",
     "tensor_polynomials",
     "total_degree",
+    "tsallis_probabilities",
 ]
 
 # Built on scikit-learn, an extra: imported when asked for.

@@ -61,7 +61,7 @@ class Policy:
         self._action = min(chosen, self.grid.size - 1)
         return float(self.grid[self._action])
 
-    def update(self, loss: float) -> None:
+    def update(self, loss: Any) -> None:
         """Tell what the ω of the last ``predict`` cost.
 
         Args:
@@ -124,23 +124,36 @@ class TsallisINF(Policy):
     Source: arXiv 2310.02246, algorithm 1; Zimmert and Seldin 2021.
     """
 
-    _state = ("_losses", "_sum", "_rounds")
+    _state = ("_seen",)
 
     def __init__(self, grid: Any = None, random_state: Any = None) -> None:
         super().__init__(grid, random_state)
-        self._losses = np.zeros(self.grid.size)  # cumulative, importance-weighted, unscaled
-        self._sum, self._rounds = 0.0, 0
+        self._seen = _nothing_seen(self.grid.size)
 
     def _probabilities(self, context: Any) -> np.ndarray:
-        if not self._rounds:
-            return np.full(self.grid.size, 1 / self.grid.size)
-        scale = max(self._sum / self._rounds - 1, SMALLEST_SCALE)
-        return tsallis_probabilities(self._losses / scale, self._rounds + 1)
+        return _next_probabilities(self._seen)
 
     def _learn(self, action: int, loss: float) -> None:
-        self._losses[action] += (loss - 1) / self.probabilities_[action]
-        self._sum += loss
-        self._rounds += 1
+        _see(self._seen, action, loss, self.probabilities_[action])
+
+
+def _nothing_seen(d: int) -> dict[str, Any]:
+    """What Tsallis-INF remembers: importance-weighted losses, unscaled, their sum and number."""
+    return {"losses": np.zeros(d), "sum": 0.0, "rounds": 0}
+
+
+def _next_probabilities(seen: dict[str, Any]) -> np.ndarray:
+    losses, rounds = seen["losses"], seen["rounds"]
+    if not rounds:
+        return np.full(losses.size, 1 / losses.size)
+    scale = max(seen["sum"] / rounds - 1, SMALLEST_SCALE)
+    return tsallis_probabilities(losses / scale, rounds + 1)
+
+
+def _see(seen: dict[str, Any], action: int, loss: float, probability: Any) -> None:
+    seen["losses"][action] += (loss - 1) / probability
+    seen["sum"] += loss
+    seen["rounds"] += 1
 
 
 def tsallis_probabilities(losses: Any, t: int) -> np.ndarray:
@@ -153,10 +166,10 @@ def tsallis_probabilities(losses: Any, t: int) -> np.ndarray:
     Raises:
         ValueError: losses not finite, t below 1.
 
-    With y = min k − x the power mean h(y) = (Σ (k_i − min k + y)⁻²)^(−1/2) is concave and grows, so
-    Newton's method for h = η/2 · … climbs to the root from y = 2/η, where p of the best is 1,
-    without overshooting, in a few steps. (The authors' code starts at x = −1 without the shift:
-    far left of the root Newton's method for Σp = 1 overshoots.)
+    With y = min k − x, the power mean h(y) = (Σ p)^(−1/2) is concave and grows: Newton's method for
+    h = 1 climbs to the root from y = 2/η, where p of the best is 1, never overshoots, and needs a
+    few steps. (The authors' code starts at x = −1 and leaves k as it is. Once k has grown, that is
+    far left of the root, where Newton's method for Σp = 1 overshoots and Σp is not 1.)
     """
     k = real_array(losses, "losses")
     check_entries(k, "losses")
@@ -169,7 +182,6 @@ def tsallis_probabilities(losses: Any, t: int) -> np.ndarray:
         ratio = unit / (k + y)
         p = ratio * ratio
         total = float(p.sum())
-        # h = Σp^(−1/2); Newton's step for h = 1.
         step = (math.sqrt(total) - 1) * total * unit / float(p @ ratio)
         y += step
         if step <= 1e-15 * y:
@@ -181,7 +193,9 @@ def tsallis_probabilities(losses: Any, t: int) -> np.ndarray:
 class Contextual(Policy):
     """A policy that needs a number in [low, high] before it chooses."""
 
-    def __init__(self, grid: Any, low: float, high: float, random_state: Any = None) -> None:
+    def __init__(
+        self, grid: Any, low: float | int, high: float | int, random_state: Any = None
+    ) -> None:
         super().__init__(grid, random_state)
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
             raise ValueError(f"low must be below high, both finite, got {low} and {high}")
@@ -235,22 +249,14 @@ class BinnedTsallisINF(Contextual):
         if bins < 1:
             raise ValueError(f"bins must be at least 1, got {bins}")
         self.bins, self._bin = bins, 0
-        zeros = {"losses": np.zeros(self.grid.size), "sum": 0.0, "rounds": 0}
-        self._bandits = [copy.deepcopy(zeros) for _ in range(bins)]
+        self._bandits = [_nothing_seen(self.grid.size) for _ in range(bins)]
 
     def _probabilities(self, context: Any) -> np.ndarray:
         self._bin = min(int(self._position(context) * self.bins), self.bins - 1)
-        bandit = self._bandits[self._bin]
-        if not bandit["rounds"]:
-            return np.full(self.grid.size, 1 / self.grid.size)
-        scale = max(bandit["sum"] / bandit["rounds"] - 1, SMALLEST_SCALE)
-        return tsallis_probabilities(bandit["losses"] / scale, bandit["rounds"] + 1)
+        return _next_probabilities(self._bandits[self._bin])
 
     def _learn(self, action: int, loss: float) -> None:
-        bandit = self._bandits[self._bin]
-        bandit["losses"][action] += (loss - 1) / self.probabilities_[action]
-        bandit["sum"] += loss
-        bandit["rounds"] += 1
+        _see(self._bandits[self._bin], action, loss, self.probabilities_[action])
 
 
 def check_loss(loss: Any) -> float:

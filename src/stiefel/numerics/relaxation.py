@@ -57,7 +57,7 @@ def sor_solve(
     b: Any,
     x0: Any = None,
     omega: Any = 1.5,
-    tol: float = TOL,
+    tol: float | int = TOL,
     maxiter: int = MAXITER,
     ordering: str = "natural",
 ) -> SolveResult:
@@ -106,7 +106,7 @@ def ssor_pcg(
     b: Any,
     x0: Any = None,
     omega: Any = 1.5,
-    tol: float = TOL,
+    tol: float | int = TOL,
     maxiter: int = MAXITER,
 ) -> SolveResult:
     """Solve A x = b by conjugate gradients with the symmetric SOR preconditioner.
@@ -273,7 +273,7 @@ def check_omega(omega: Any, batch: int | None = None) -> list[float]:
     return np.broadcast_to(values, (batch or 1,)).astype(float).tolist()
 
 
-def optimal_omega(beta: float) -> float:
+def optimal_omega(beta: float | int) -> float:
     """Best ω of SOR for a consistently ordered A: 1 + (β / (1 + √(1 − β²)))².
 
     Args:
@@ -290,7 +290,7 @@ def optimal_omega(beta: float) -> float:
     return 1 + (beta / (1 + math.sqrt(1 - beta**2))) ** 2
 
 
-def sor_radius(omega: float, beta: float) -> float:
+def sor_radius(omega: float | int, beta: float | int) -> float:
     """Spectral radius of SOR for a consistently ordered A: the rate at which residuals fall.
 
     ω − 1 from the best ω on, else ¼ (ωβ + √(ω²β² − 4(ω − 1)))².

@@ -191,9 +191,14 @@ def _from_torch(A: Any) -> Any:
 
     if A.layout is torch.strided:
         return A.detach().cpu().numpy()
-    compressed = (A.coalesce() if A.layout is torch.sparse_coo else A).to_sparse_csr().cpu()
-    parts = compressed.values(), compressed.col_indices(), compressed.crow_indices()
-    return sp.csr_matrix(tuple(p.detach().numpy() for p in parts), shape=tuple(A.shape))
+    if A.layout is torch.sparse_csr:
+        parts = (A.values(), A.col_indices(), A.crow_indices())
+        return sp.csr_matrix(tuple(p.detach().cpu().numpy() for p in parts), shape=tuple(A.shape))
+    if A.layout is torch.sparse_coo:
+        entries = A.coalesce().detach().cpu()
+        places = tuple(entries.indices().numpy())
+        return sp.coo_matrix((entries.values().numpy(), places), shape=tuple(A.shape))
+    raise TypeError(f"A must be a dense, CSR or COO tensor, got layout {A.layout}")
 
 
 def check_symmetric(A: Any) -> None:

@@ -191,7 +191,7 @@ class GridColours:
         *self.leading, self.length = grid.shape
         self.width = -(-self.length // 2)
         parity = np.indices(self.leading).sum(0) % 2 if self.leading else np.zeros((), int)
-        self.odd = parity.astype(bool)[..., None]
+        self.odd = np.asarray(parity, dtype=bool)[..., None]
         self.rows = {0: [], 1: []}
         for corner in product((0, 1), repeat=len(self.leading)):
             self.rows[sum(corner) % 2].append(tuple(slice(c, None, 2) for c in corner))
@@ -234,7 +234,7 @@ class GridColours:
         ]  # fmt: skip
         missing = []
         if self.length % 2:
-            missing = [out[(*rows, -1)] for rows in self.rows[1 - colour]]
+            missing = [out[(*rows, slice(-1, None))] for rows in self.rows[1 - colour]]
         common = self.common
 
         def couple() -> None:

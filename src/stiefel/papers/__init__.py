@@ -45,6 +45,7 @@ MODULES = (
     "cylindrical_steering",
     "online_dictionary",
     "dpp_least_squares",
+    "learned_sor",
 )
 
 

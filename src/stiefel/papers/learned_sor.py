@@ -337,8 +337,8 @@ for c in np.linspace(0, 1, 50):  # systems one after the other, each described b
             "pictures, smoothed with weights exp(−20 Δf²) and a data term of 0.01 to 1, whose "
             "logarithm is the context; SOR to 1e-6 from the noisy patch. The claims are about the "
             "second half; the first one pays for trying all twenty ω. Each seed has its own "
-            "patches and the mean of four runs of each bandit, three on the heat equation: with one "
-            "run each, three claims were inconclusive by the bandits' own scatter."
+            "patches and the mean of four runs of each bandit, three on the heat equation: with "
+            "one run each, three claims were inconclusive by the bandits' own scatter."
         ),
         (
             "Heat: Crank–Nicolson on 24 × 24 points, 5,000 steps, diffusion between 0 and 10 as "

@@ -27,7 +27,6 @@ PICTURES = {
     "poincare": "poincare-resnet",
     "s5": "ptd",
     "state_spaces": "s4d",
-    "steering": "cylindrical-steering",
 }
 ROOT = Path(__file__).resolve().parent.parent
 PLACE = re.compile(r"(?<=<!-- verdicts -->\n).*?(?=<!-- end of verdicts -->)", re.DOTALL)
@@ -52,7 +51,7 @@ def draw(folder: Path) -> None:
         records = load_all(ROOT / "results", slug, Scale.LAPTOP)
         if records:
             figure = get(slug).figure([record.measurement for record in records])
-            with mpl.rc_context({"svg.hashsalt": name}):
+            with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
                 figure.savefig(folder / f"{name}.svg", facecolor="white", metadata={"Date": None})
 
 

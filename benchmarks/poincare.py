@@ -8,18 +8,12 @@ the ratios mean something. Peers that are not installed are left out and named.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
-import platform
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table as RichTable
-from timing import SHORT, in_turn
+from timing import SHORT, in_turn, run_sections
 from torch import Tensor, nn
 
 from stiefel.nn.poincare import (
@@ -262,40 +256,8 @@ SECTIONS: dict[str, Callable[[int], list[dict]]] = {
 PEERS = {"hypll": "pip install --no-deps hypll"}
 
 
-def main() -> None:
-    """Run all, print one table, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=9, help="rounds per timing, at least 5")
-    parser.add_argument("--json", type=Path, default=Path("build/poincare.json"))
-    parser.add_argument("--only", choices=tuple(SECTIONS), default=None)
-    options = parser.parse_args()
-    if options.rounds < 5:
-        parser.error("--rounds must be at least 5")
-    torch.set_num_threads(1)
-    torch.zeros(WARM)
-    console = Console()
-    for peer, how in PEERS.items():
-        if not importlib.util.find_spec(peer):
-            console.print(f"{peer} is left out; for it: {how}")
-    chosen = [options.only] if options.only else list(SECTIONS)
-    rows = [line for name in chosen for line in SECTIONS[name](options.rounds)]
-    shown = RichTable(title="Poincaré layers", title_justify="left")
-    for key in rows[0] if rows else ():
-        shown.add_column(key, justify="left" if isinstance(rows[0][key], str) else "right")
-    for line in rows:
-        shown.add_row(*(v if isinstance(v, str) else f"{v:.4g}" for v in line.values()))
-    console.print(shown)
-    result = {
-        "machine": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "python": sys.version.split()[0],
-        "rounds": options.rounds,
-        "rows": rows,
-    }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    console.print(f"written to {options.json}")
-
-
 if __name__ == "__main__":
-    main()
+    torch.zeros(WARM)
+    description = __doc__.split("\n")[0]
+    output = Path("build/poincare.json")
+    run_sections("Poincaré layers", description, SECTIONS, PEERS, output, rounds=9)

@@ -8,22 +8,15 @@ the ratios mean something. A peer that is not installed is left out and named.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
-from threadpoolctl import threadpool_limits
-from timing import SHORT, in_turn
+from timing import SHORT, in_turn, run_sections
 
 from stiefel.numerics import (
     BinnedTsallisINF,
@@ -175,39 +168,7 @@ SECTIONS: dict[str, Callable[[int], list[dict]]] = {
 PEERS = {"pyamg": "pip install --no-deps pyamg"}
 
 
-def main() -> None:
-    """Run all, print one table, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5, help="rounds per timing, at least 5")
-    parser.add_argument("--json", type=Path, default=Path("build/relaxation.json"))
-    parser.add_argument("--only", choices=tuple(SECTIONS), default=None)
-    options = parser.parse_args()
-    if options.rounds < 5:
-        parser.error("--rounds must be at least 5")
-    console = Console()
-    for peer, how in PEERS.items():
-        if not importlib.util.find_spec(peer):
-            console.print(f"{peer} is left out; for it: {how}")
-    chosen = [options.only] if options.only else list(SECTIONS)
-    with threadpool_limits(1):
-        rows = [found for name in chosen for found in SECTIONS[name](options.rounds)]
-    shown = Table(title="Relaxation", title_justify="left")
-    for key in rows[0] if rows else ():
-        shown.add_column(key, justify="left" if isinstance(rows[0][key], str) else "right")
-    for found in rows:
-        shown.add_row(*(v if isinstance(v, str) else f"{v:.4g}" for v in found.values()))
-    console.print(shown)
-    result = {
-        "machine": platform.processor() or platform.machine(),
-        "numpy": np.__version__,
-        "python": sys.version.split()[0],
-        "rounds": options.rounds,
-        "rows": rows,
-    }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    console.print(f"written to {options.json}")
-
-
 if __name__ == "__main__":
-    main()
+    description = __doc__.split("\n")[0]
+    output = Path("build/relaxation.json")
+    run_sections("Relaxation", description, SECTIONS, PEERS, output)

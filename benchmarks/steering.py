@@ -9,18 +9,12 @@ something.
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from layers import speed
-from rich.console import Console
-from rich.table import Table as RichTable
-from timing import SHORT, in_turn
+from timing import SHORT, in_turn, run_sections
 
 from stiefel.data import MissingDataError
 from stiefel.diagnose.cylinder import ConceptCylinder, steer
@@ -112,39 +106,7 @@ def planes(rounds: int) -> list[dict]:
 SECTIONS: dict[str, Callable[[int], list[dict]]] = {"scans": scans, "planes": planes}
 
 
-def main() -> None:
-    """Run all, print one table, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5, help="rounds per timing, at least 5")
-    parser.add_argument("--json", type=Path, default=Path("build/steering.json"))
-    parser.add_argument("--only", choices=tuple(SECTIONS), default=None)
-    options = parser.parse_args()
-    if options.rounds < 5:
-        parser.error("--rounds must be at least 5")
-    torch.set_num_threads(1)
-    console = Console()
-    _, _, model = prompts()
-    console.print(f"model: {model}")
-    chosen = [options.only] if options.only else list(SECTIONS)
-    rows = [line for name in chosen for line in SECTIONS[name](options.rounds)]
-    shown = RichTable(title="Steering", title_justify="left")
-    for key in rows[0] if rows else ():
-        shown.add_column(key, justify="left" if isinstance(rows[0][key], str) else "right")
-    for line in rows:
-        shown.add_row(*(v if isinstance(v, str) else f"{v:.4g}" for v in line.values()))
-    console.print(shown)
-    result = {
-        "machine": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "python": sys.version.split()[0],
-        "model": model,
-        "rounds": options.rounds,
-        "rows": rows,
-    }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    console.print(f"written to {options.json}")
-
-
 if __name__ == "__main__":
-    main()
+    description = __doc__.split("\n")[0]
+    output = Path("build/steering.json")
+    run_sections("Steering", description, SECTIONS, {}, output, about={"model": prompts()[2]})

@@ -48,6 +48,9 @@ def run_sections(
     sections: Mapping[str, Callable[[int], Sequence[Mapping[str, Any]]]],
     peers: Mapping[str, str],
     output: Path,
+    *,
+    rounds: int = 5,
+    about: Mapping[str, Any] | None = None,
 ) -> None:
     """The command of a benchmark: run sections, print one table, write JSON.
 
@@ -57,13 +60,17 @@ def run_sections(
         sections: By name, a function of the number of rounds that returns rows of the table.
         peers: Modules compared against, and how to install them; missing ones are named.
         output: Where the JSON goes unless told.
+        rounds: Per timing, unless told.
+        about: What else a reader of the figures has to know; shown, and in the JSON.
     """
+    import numpy as np
     import torch
     from rich.console import Console
     from rich.table import Table
+    from threadpoolctl import threadpool_limits
 
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--rounds", type=int, default=5, help="rounds per timing, at least 5")
+    parser.add_argument("--rounds", type=int, default=rounds, help="rounds per timing, at least 5")
     parser.add_argument("--json", type=Path, default=output)
     parser.add_argument("--only", choices=tuple(sections), default=None)
     options = parser.parse_args()
@@ -74,8 +81,11 @@ def run_sections(
     for peer, how in peers.items():
         if not importlib.util.find_spec(peer):
             console.print(f"{peer} is left out; for it: {how}")
+    for name, value in (about or {}).items():
+        console.print(f"{name}: {value}")
     chosen = [options.only] if options.only else list(sections)
-    rows = [line for name in chosen for line in sections[name](options.rounds)]
+    with threadpool_limits(1):  # NumPy's BLAS too: the clock counts one thread
+        rows = [line for name in chosen for line in sections[name](options.rounds)]
     shown = Table(title=title, title_justify="left")
     for key in rows[0] if rows else ():
         shown.add_column(key, justify="left" if isinstance(rows[0][key], str) else "right")
@@ -85,7 +95,9 @@ def run_sections(
     result = {
         "machine": platform.processor() or platform.machine(),
         "torch": torch.__version__,
+        "numpy": np.__version__,
         "python": sys.version.split()[0],
+        **(about or {}),
         "rounds": options.rounds,
         "rows": rows,
     }

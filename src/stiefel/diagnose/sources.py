@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,28 +17,28 @@ from stiefel.checkpoint import Checkpoint
 CHUNK_BYTES = 2**24
 
 
-class Source:
+class Source(ABC):
     """Tensors by name, from wherever."""
 
     label: str
     names: list[str]
     config: Mapping[str, Any] | None = None
 
+    @abstractmethod
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor."""
-        raise NotImplementedError
 
+    @abstractmethod
     def dtype(self, name: str) -> torch.dtype:
         """As stored."""
-        raise NotImplementedError
 
     def nbytes(self, name: str) -> int:
         """Bytes that it takes."""
         return math.prod(self.shape(name)) * self.dtype(name).itemsize
 
+    @abstractmethod
     def chunks(self, name: str) -> Iterator[Tensor]:
         """Its rows in order, some at a time."""
-        raise NotImplementedError
 
     def __enter__(self) -> Source:
         return self

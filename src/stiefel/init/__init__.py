@@ -1,7 +1,8 @@
 """How weights start: orthogonal, of chosen rank, shrunk and perturbed, rich in features."""
 
-from importlib import import_module
+from typing import Any
 
+from stiefel.extras import estimator
 from stiefel.init.connectivity import block_init as block_init
 from stiefel.init.connectivity import dale_init as dale_init
 from stiefel.init.head_training import Heads as Heads
@@ -43,15 +44,6 @@ _ESTIMATORS = {
 }
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     """The scikit-learn estimators of this home."""
-    if name not in _ESTIMATORS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        return getattr(import_module(_ESTIMATORS[name]), name)
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "sklearn":
-            raise
-        raise ImportError(
-            f"{name} needs scikit-learn, which is not installed: pip install 'stiefel[atlas]'"
-        ) from error
+    return estimator(__name__, _ESTIMATORS, name)

@@ -1,11 +1,11 @@
 """Merging and adapting trained models: task arithmetic, rotations, orthogonal adapters."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from stiefel.checkpoint import Checkpoint as Checkpoint
 from stiefel.checkpoint import CheckpointError as CheckpointError
 from stiefel.checkpoint import CheckpointWriter as CheckpointWriter
+from stiefel.extras import estimator
 from stiefel.linalg import cayley as cayley
 from stiefel.linalg import inverse_cayley as inverse_cayley
 from stiefel.linalg import procrustes_rotation as procrustes_rotation
@@ -189,13 +189,4 @@ _ESTIMATORS = {"CompatibleAdapter": "stiefel.merge.compatible_sklearn"}
 
 def __getattr__(name: str) -> Any:
     """The scikit-learn estimators of this home."""
-    if name not in _ESTIMATORS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        return getattr(import_module(_ESTIMATORS[name]), name)
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "sklearn":
-            raise
-        raise ImportError(
-            f"{name} needs scikit-learn, which is not installed: pip install 'stiefel[atlas]'"
-        ) from error
+    return estimator(__name__, _ESTIMATORS, name)

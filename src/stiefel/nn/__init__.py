@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from stiefel.extras import estimator
 from stiefel.linalg.conv_geometry import ExistenceReport as ExistenceReport
 from stiefel.linalg.conv_geometry import conv_orth_case as conv_orth_case
 from stiefel.linalg.conv_geometry import orthogonal_conv_exists as orthogonal_conv_exists
@@ -49,11 +50,7 @@ _ESTIMATORS = {"S4DClassifier": "stiefel.nn.s4d_classifier"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ESTIMATORS:
-        from importlib import import_module
-
-        return getattr(import_module(_ESTIMATORS[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return estimator(__name__, _ESTIMATORS, name)
 
 
 def __dir__() -> list[str]:

@@ -1,8 +1,8 @@
 """Numerical methods in the style of NumPy, SciPy and scikit-learn."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from stiefel.extras import estimator
 from stiefel.numerics.bandits import BinnedTsallisINF as BinnedTsallisINF
 from stiefel.numerics.bandits import TsallisINF as TsallisINF
 from stiefel.numerics.bandits import tsallis_probabilities as tsallis_probabilities
@@ -108,13 +108,4 @@ _ESTIMATORS = {
 
 def __getattr__(name: str) -> Any:
     """The scikit-learn estimators of this home."""
-    if name not in _ESTIMATORS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        return getattr(import_module(_ESTIMATORS[name]), name)
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "sklearn":
-            raise
-        raise ImportError(
-            f"{name} needs scikit-learn, which is not installed: pip install 'stiefel[atlas]'"
-        ) from error
+    return estimator(__name__, _ESTIMATORS, name)

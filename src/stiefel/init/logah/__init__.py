@@ -1,0 +1,1 @@
+"""LoGAH: graph hypernetworks with low-rank decoders. Its public names are in ``stiefel.init``."""

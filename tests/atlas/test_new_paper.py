@@ -88,7 +88,7 @@ def test_in_a_checkout_it_becomes_a_module_a_test_and_a_page(tmp_path):
 def test_what_is_written_is_formatted_and_clean(tmp_path):
     made = new_paper("heavy-ball", tmp_path)
     for path in made.files[1:3]:
-        for command in (["check", "--select", "E,F,W,I,B,UP"], ["format", "--check"]):
+        for command in (["check", "--select", "E,F,W,B,UP"], ["format", "--check"]):
             done = run("-m", "ruff", *command, "--isolated", "--line-length", "100", path,
                        folder=tmp_path)  # fmt: skip
             assert done.returncode == 0, done.stdout

@@ -57,6 +57,8 @@ def test_types(dtype, method):
     if real == dtype:  # complex matrices on real coefficients
         turned = sum_factorize([1j * A, A], c, method)
         torch.testing.assert_close(turned, 1j * found)
+    back = sum_factorize_transpose([1j * A, A], found, method)  # not conjugated
+    torch.testing.assert_close(back, 1j * sum_factorize_transpose([A, A], found, method))
 
 
 @pytest.mark.parametrize("method", METHODS)

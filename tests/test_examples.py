@@ -13,12 +13,25 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = {"tiny_gpt2"}  # imported by the others
-SCRIPTS = sorted(p for p in (ROOT / "examples").glob("*.py") if p.stem not in SHARED)
+# Training scripts, and the packages beyond the core that each asks for.
 NEEDED = {
+    "convert_cnn": [],
     "plain_loop": ["transformers"],
     "accelerate_loop": ["transformers", "accelerate"],
     "fsdp2_train": ["transformers"],
     "transformers_trainer": ["transformers", "accelerate"],
+}
+SCRIPTS = [ROOT / "examples" / f"{name}.py" for name in sorted(NEEDED)]
+# The others: arguments of a short run, and a line that it has to print.
+OTHERS = {
+    "distributed_poisson.py": (("--points", "16"), r"^largest error 1\.\d+e-02$"),
+    "generate/image_database.py": (
+        (
+            "--steps",
+            "40",
+        ),
+        r"^written: grid\.png$",
+    ),
 }
 UNTRAINED = 5.545  # log 256
 
@@ -45,7 +58,17 @@ def held_out(process):
 
 
 def test_all_examples_are_known():
-    assert {script.stem for script in SCRIPTS} == NEEDED.keys()
+    folder = ROOT / "examples"
+    there = {p.relative_to(folder).as_posix() for p in folder.rglob("*.py")}
+    assert there == {f"{n}.py" for n in (*NEEDED, *SHARED)} | OTHERS.keys()
+
+
+@pytest.mark.parametrize("script", OTHERS)
+def test_it_runs_to_its_last_line(script, tmp_path):
+    arguments, line = OTHERS[script]
+    done = start(ROOT / "examples" / script, *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.search(line, done.stdout, re.MULTILINE), done.stdout
 
 
 @every_example

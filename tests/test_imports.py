@@ -11,7 +11,8 @@ import pytest
 
 METHODS = (
     "linalg", "optim", "init", "theory", "nn", "regularize", "checkpoint", "merge", "diagnose",
-    "numerics",
+    "numerics", "generate", "nn.operators", "nn.lemon", "numerics.sampled",
+    "numerics.tensor_product",
 )  # fmt: skip
 HEAVY = {"torch", "numpy", "scipy", "matplotlib", "jinja2", "sklearn", "transformers", "pandas"}
 
@@ -24,12 +25,19 @@ PROMISED = {
     "fit_coefficients row_dominance sinkhorn_normalize shifted_cholesky_qr ColumnSelector",
     "init": "shrink_perturb_ shrink_perturb ShrinkPerturb gradient_balance low_rank_init "
     "spectrum_init aligned_init dale_init orthogonal_init_ decoupled_init_ RichFeatures "
-    "discovery_sets InvariantHead irmv1 vrex spectral_decoupling iga fishr_linear clove",
+    "discovery_sets InvariantHead irmv1 vrex spectral_decoupling iga fishr_linear clove LoGAH "
+    "LowRankDecoder graph_from_module",
     "theory": "mode_curve mode_time task_modes critical_gain DeepLinearSimulator effective_rank "
     "LazinessProbe tangent_kernel kernel_alignment CTRNN ntk_relu permutation_moments "
     "ensemble_size PermutationEnsemble",
     "nn": "S4D S4DKernel S4DClassifier S4PTD S5 hippo_legs hippo_ptd associative_scan "
-    "OrthogonalConv2d lorth orthogonal_conv_exists poincare",
+    "OrthogonalConv2d lorth orthogonal_conv_exists poincare operators lemon",
+    "nn.operators": "convert report SpectralConv LocalIntegralConv DifferentialConv KernelIntegral "
+    "IntegralAttention FunctionNorm resample quadrature InputOutputInterpolation relative_l2 "
+    "discretization_error FilteredActivation",
+    "nn.lemon": "PROSE PolishTokenizer pde finetune lora merge_lora MetaLearner SymbolicStepSize",
+    "generate": "ImageDatabase DCTEncoder proposal_counts top_m RetrievalDenoiser "
+    "RetrievalDiffusion frechet_distance precision_recall copy_report",
     "regularize": "OrthogonalityPenalty OrthoReg orthoreg_loss orthoreg_loss_lowrank "
     "lambda_orthogonality LambdaOrthogonality",
     "merge": "orthomerge merge_rotations merge_oft_adapters linear slerp task_arithmetic ties dare "
@@ -41,14 +49,19 @@ PROMISED = {
     "worst_case_overlap pack_directions fit_capacity welch_bound ConceptCylinder",
     "numerics": "fit_basis sample_design DPPLeastSquares LegendreDPP HermiteDPP "
     "OnlineOrthogonalDictionary fw_step recovery_error sor_solve ssor_pcg TsallisINF ChebCB "
-    "RelaxedSolver",
+    "RelaxedSolver sampled tensor_product",
+    "numerics.sampled": "SampledMatrix SampledVector combine sketch svt lowrank SampledPCA "
+    "SampledLowRankRegressor SampledRecommender",
+    "numerics.tensor_product": "axis_apply KroneckerOperator KroneckerSum grid1d "
+    "FastDiagonalization poisson_solve compact_derivative BandedLineSolver ADIHeat sum_factorize "
+    "PencilGrid",
     "checkpoint": "Checkpoint CheckpointError CheckpointWriter TensorInfo",
     "papers": "all_papers get Paper Claim Measurement Verdict Scale",
     "atlas": "reproduce build_page",
 }
 
 
-SUB_HOMES = {"poincare"}
+SUB_HOMES = {"poincare", "operators", "lemon", "pde", "sampled", "tensor_product"}
 
 
 def in_fresh_python(code):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from stiefel.extras import estimator
@@ -49,9 +50,15 @@ if TYPE_CHECKING:
 _ESTIMATORS = {"S4DClassifier": "stiefel.nn.s4d_classifier"}
 
 
+# Homes of their own, loaded when touched.
+_SUB_HOMES = ("lemon", "operators")
+
+
 def __getattr__(name: str) -> Any:
+    if name in _SUB_HOMES:
+        return import_module(f"{__name__}.{name}")
     return estimator(__name__, _ESTIMATORS, name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_ESTIMATORS})
+    return sorted({*globals(), *_ESTIMATORS, *_SUB_HOMES})

@@ -1,5 +1,6 @@
 """Numerical methods in the style of NumPy, SciPy and scikit-learn."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from stiefel.extras import estimator
@@ -106,6 +107,12 @@ _ESTIMATORS = {
 }
 
 
+# Homes of their own, loaded when touched.
+_SUB_HOMES = ("sampled", "tensor_product")
+
+
 def __getattr__(name: str) -> Any:
-    """The scikit-learn estimators of this home."""
+    """The scikit-learn estimators of this home, and what is a home of its own."""
+    if name in _SUB_HOMES:
+        return import_module(f"{__name__}.{name}")
     return estimator(__name__, _ESTIMATORS, name)

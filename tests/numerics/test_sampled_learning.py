@@ -255,7 +255,8 @@ X2, Y2 = np.array([[1.0, 2], [3, 4], [5, 7]]), np.array([1, -1, 1])
         (lambda: sdp_feasibility([H], [1, 2], 0.1), ValueError, "b must be"),
         (lambda: sdp_feasibility([H], [np.nan], 0.1), ValueError, "finite"),
         (lambda: sdp_feasibility([H], [1], 0), ValueError, "eps must be positive"),
-        (lambda: sdp_feasibility([H * 1j], [1], 0.1), ValueError, "not Hermitian"),
+        (lambda: sdp_feasibility([H * 1j], [1], 0.1), ValueError, "constraint 0 must be Hermitian"),
+        (lambda: sdp_feasibility([H, [[1, 2], [3, 1]]], [1, 1], 0.1), ValueError, "constraint 1"),
     ],
 )  # fmt: skip
 def test_bad_input(make, error, match):

@@ -21,6 +21,7 @@ from stiefel.numerics.sampled import (
     threshold,
 )
 from stiefel.numerics.sampled.bounds import gram_factor
+from stiefel.numerics.sampled.transform import Ramp
 
 A = np.array([[1.0, 2, 0], [3, 4, 1], [0, 1, -2], [2, 0, 2]])
 ROWS, COLS = [1, 3, 2, 1], [0, 2, 1]
@@ -237,6 +238,14 @@ def test_rows_of_a_function_are_drawn_by_their_squares():
         expected = function.row(3) ** 2
         counts = np.bincount(found, minlength=8)
         assert chisquare(counts, 4000 * expected / expected.sum()).pvalue > 1e-3
+
+
+def test_slopes_of_the_ramp_are_its_steepest():
+    for sigma, eta in ((3.0, 0.3), (0.5, 0.05), (2.0, 0.9)):
+        ramp = Ramp(sigma, eta)
+        x = np.linspace(0, 3 * sigma**2, 200_001)[1:]
+        for slope, y in zip(ramp.lipschitz, (ramp(x), ramp(x) / x), strict=True):
+            assert slope == pytest.approx(np.abs(np.diff(y)).max() / x[0], rel=2e-3)
 
 
 def test_recommendation_is_the_thresholded_row():

@@ -103,6 +103,9 @@ def test_nothing_of_the_matrix_is_copied():
     np.testing.assert_array_equal(m.rows(7), a[7:8])
     assert m.row_norms2[7] == 1200
     assert m.fro2 == pytest.approx((a**2).sum())
+    m.update_row([7, 8], np.ones((2, 300)))
+    m.update_row(7)  # back to what A holds
+    np.testing.assert_array_equal(m.rows([7, 8]), np.stack([a[7], np.ones(300)]))
 
 
 def test_blocks_of_a_file_larger_than_a_block(tmp_path):

@@ -190,3 +190,7 @@ _ESTIMATORS = {"CompatibleAdapter": "stiefel.merge.compatible_sklearn"}
 def __getattr__(name: str) -> Any:
     """The scikit-learn estimators of this home."""
     return estimator(__name__, _ESTIMATORS, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ESTIMATORS})

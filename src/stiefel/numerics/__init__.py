@@ -116,3 +116,7 @@ def __getattr__(name: str) -> Any:
     if name in _SUB_HOMES:
         return import_module(f"{__name__}.{name}")
     return estimator(__name__, _ESTIMATORS, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_SUB_HOMES, *_ESTIMATORS})

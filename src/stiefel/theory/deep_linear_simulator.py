@@ -23,7 +23,7 @@ _DIVERGED = 1e6
 
 @dataclass(frozen=True)
 class SimulatedRuns:
-    """What :meth:`DeepLinearSimulator.run` recorded; leading dimensions are (*rates, seeds)."""
+    """What :meth:`DeepLinearSimulator.run` recorded; leading dimensions are rates, then seeds."""
 
     steps: Tensor
     """Iterations at which it was recorded, ``[R]``; the first is 0."""

@@ -16,6 +16,7 @@ SHARED = {"tiny_gpt2"}  # imported by the others
 # Training scripts, and the packages beyond the core that each asks for.
 NEEDED = {
     "convert_cnn": [],
+    "own_equation": [],
     "plain_loop": ["transformers"],
     "accelerate_loop": ["transformers", "accelerate"],
     "fsdp2_train": ["transformers"],

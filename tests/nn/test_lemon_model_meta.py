@@ -59,9 +59,7 @@ def one_by_one(learner, tasks, first_order):
             sizes = dict.fromkeys(learner._names, sizes)
         elif learner.step_sizes is not None:
             parts = learner.step_sizes.split(learner._counts)
-            sizes = {
-                n: a.view_as(theta[n]) for n, a in zip(learner._names, parts, strict=True)
-            }
+            sizes = {n: a.view_as(theta[n]) for n, a in zip(learner._names, parts, strict=True)}
         else:
             sizes = dict.fromkeys(learner._names, learner.inner_lr)
         moved = {n: theta[n] for n in learner._names}
@@ -182,8 +180,7 @@ def test_meta_training_gives_a_better_start():
     support, query = split_task(data(30, seed=9), 10, 20, generator=g)
     before = evaluate(learner.adapt(support), query)
     losses = [
-        learner.outer_step([split_task(f, 5, 10, generator=g) for f in families])
-        for _ in range(15)
+        learner.outer_step([split_task(f, 5, 10, generator=g) for f in families]) for _ in range(15)
     ]
     assert losses[-1] < losses[0]
     assert evaluate(learner.adapt(support), query) < 0.8 * before
@@ -245,7 +242,18 @@ def test_tasks_are_refused():
         learner.outer_step([(pair(math.nan, 1), good)])
     with pytest.raises(FloatingPointError, match="query loss of task 1 is"):
         MetaLearner(line(), 1e200).outer_step([(pair(1, 1), good), (pair(1, 3), good)])
+    d = data()
+    small = OperatorData(d.u_in[:, :, :4], d.t_in, d.u_out[:, :, :4], d.t_out, d.tokens)
     with pytest.raises(ValueError, match="8 points and 1 channels"):
-        d = data()
-        small = OperatorData(d.u_in[:, :, :4], d.t_in, d.u_out[:, :, :4], d.t_out, d.tokens)
         MetaLearner(tiny(), 0.1).outer_step([(small, small)])
+
+
+def test_shared_weights_stay_shared():
+    first, second = nn.Linear(2, 2).double(), nn.Linear(2, 2).double()
+    second.weight = first.weight
+    model = nn.Sequential(first, nn.Tanh(), second)
+    x, y = torch.randn(3, 2).double(), torch.randn(3, 2).double()
+    adapted = MetaLearner(model, 0.1, 1).adapt((x, y))
+    assert adapted[0].weight is adapted[2].weight
+    grad = torch.autograd.grad(mse(model(x), y), first.weight)[0]
+    torch.testing.assert_close(adapted[0].weight, first.weight - 0.1 * grad)

@@ -241,7 +241,8 @@ class MetaLearner(nn.Module):
 
         The sum of directions stays empty for a number as step size, which does not need it.
         """
-        plain = isinstance(size, float) and self.clamp is None and not self.langevin
+        plain = self.clamp is None and not self.langevin
+        step = -size if isinstance(size, float) and plain else None
         moved, directions, noises = start.clone(), torch.zeros_like(start), None
         leaves = [x.detach() for x in self._shaped(moved)]  # views: what moves, moves them too
         for _ in range(steps):
@@ -253,8 +254,8 @@ class MetaLearner(nn.Module):
             for leaf in leaves:
                 leaf.requires_grad_(False)
             used = [(x, g) for x, g in zip(leaves, found, strict=True) if g is not None]
-            if plain:
-                torch._foreach_add_([x for x, _ in used], [g for _, g in used], alpha=-size)
+            if step is not None:
+                torch._foreach_add_([x for x, _ in used], [g for _, g in used], alpha=step)
                 continue
             gradient = self._flat(found, moved)
             direction, noise = self._direction(gradient)

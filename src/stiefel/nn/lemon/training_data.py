@@ -230,9 +230,7 @@ def add_noise(
     return u + level * ratio * z
 
 
-def relative_l2(
-    prediction: Tensor, target: Tensor
-) -> Float[Tensor, " n"]:
+def relative_l2(prediction: Tensor, target: Tensor) -> Float[Tensor, " n"]:
     """‖prediction − target‖ / (‖target‖ + 1e-7) of each sample, over all its other axes.
 
     Args:

@@ -18,8 +18,8 @@ class FilteredActivation(nn.Module):
     """Activation on a grid that is ``up`` times finer, then back, without the new frequencies.
 
     A point-wise function of a band-limited field has higher frequencies; on the grid of the field
-    they appear as wrong low ones. Costs ``up``^d times the activation and two Fourier transforms;
-    the field is taken to be periodic.
+    they appear as wrong low ones. In d dimensions it costs up^d times the activation and two
+    Fourier transforms; the field is taken to be periodic.
 
     Args:
         up: Points of the finer grid per point, in every axis; 1 is the plain activation.

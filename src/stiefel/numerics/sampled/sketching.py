@@ -42,7 +42,7 @@ class Sketch:
     cols: Int[np.ndarray, " c"]
     """Which columns of R; all of them in order where none were drawn."""
     C: Shaped[np.ndarray, "r c"]
-    """R_:ⱼ / √(c qⱼ), qⱼ = ‖R_:ⱼ‖² / ‖R‖_F²; R itself where all columns are kept."""
+    """Drawn columns j of R over √(c qⱼ), qⱼ their share of ‖R‖²; R where all columns are kept."""
     fro2: float
     """‖A‖_F²."""
     sampling: str = "l2"

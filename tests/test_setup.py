@@ -1,12 +1,15 @@
 """The two commands and the scripts behind them: what stands between a clone and a result."""
 
 import ast
+import base64
+import hashlib
 import importlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -113,8 +116,8 @@ class TestMissingPieces:
         done = make(checkout, "test", "ARGS=-k polar", path=folder)
         assert done.returncode == 0, done.stderr
         script = checkout / "tools" / "bootstrap.py"
-        expected = f"started {folder}/python3.12 with {script} --weights tools/check.py -k polar\n"
-        assert done.stdout == expected
+        arguments = f"{script} --weights --browser tools/check.py -k polar"
+        assert done.stdout == f"started {folder}/python3.12 with {arguments}\n"
 
     def test_nothing_to_install_from(self, checkout, tmp_path):
         program(tmp_path / "bin" / "python3", f"exec '{sys.executable}' \"$@\"")
@@ -135,7 +138,7 @@ class TestMissingPieces:
 
 
 class TestBootstrap:
-    @pytest.mark.parametrize("name", ["bootstrap.py", "contained.py"])
+    @pytest.mark.parametrize("name", ["bootstrap.py", "browser.py", "contained.py"])
     def test_old_pythons_can_read_it(self, name):
         ast.parse((ROOT / "tools" / name).read_text(), feature_version=(3, 6))
 
@@ -289,6 +292,102 @@ class TestBootstrap:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             child.communicate(b"\n")
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+class TestBrowser:
+    """Chromium and axe-core: got where that is allowed, told of in one sentence where not."""
+
+    def archive(self, tmp_path, *names):
+        path = tmp_path / "axe.tgz"
+        with tarfile.open(path, "w:gz") as file:
+            for name in names:
+                (tmp_path / name).write_text(name)
+                file.add(tmp_path / name, f"package/{name}")
+        digest = hashlib.sha512(path.read_bytes()).digest()
+        return path, base64.b64encode(digest).decode()
+
+    def test_only_what_is_pinned_is_unpacked(self, tool, tmp_path, monkeypatch):
+        browser = tool("browser")
+        path, digest = self.archive(tmp_path, "axe.min.js", "LICENSE", "other.js")
+        assert "is not what is pinned" in browser.unpack(str(path), str(tmp_path / "to"))
+        assert not (tmp_path / "to").exists()
+        monkeypatch.setattr(browser, "AXE_SHA512", digest)
+        assert browser.unpack(str(path), str(tmp_path / "to")) is None
+        assert sorted(p.name for p in (tmp_path / "to").iterdir()) == ["LICENSE", "axe.min.js"]
+
+    def install(self, browser, root, *, have, root_user, answers, monkeypatch):
+        commands = []
+        monkeypatch.setattr(browser.shutil, "which", lambda name: name if name in have else None)
+        monkeypatch.setattr(browser.os, "geteuid", lambda: 0 if root_user else 1000)
+
+        def run(command, env):
+            commands.append(command)
+            return answers.get(command[0], 0), ["no route", ""]
+
+        return browser.install(str(root), {}, run, lambda _: None), commands
+
+    def test_a_user_is_told_what_to_ask_for(self, tool, tmp_path, monkeypatch):
+        browser = tool("browser")
+        told, commands = self.install(
+            browser,
+            tmp_path,
+            have={"npm", "apt-get"},
+            root_user=False,
+            answers={},
+            monkeypatch=monkeypatch,
+        )
+        assert told.endswith("apt-get install chromium")
+        assert not commands
+        assert "there is no Chromium" in browser.missing(str(tmp_path))
+
+    def test_root_installs_and_failures_are_one_sentence(self, tool, tmp_path, monkeypatch):
+        browser = tool("browser")
+        told, commands = self.install(
+            browser,
+            tmp_path,
+            have={"apt-get"},
+            root_user=True,
+            answers={"apt-get": 100},
+            monkeypatch=monkeypatch,
+        )
+        assert told == "apt-get could not install chromium and npm: no route"
+        assert len(commands) == 1
+        told, commands = self.install(
+            browser,
+            tmp_path,
+            have={"chromium", "npm"},
+            root_user=True,
+            answers={"npm": 1},
+            monkeypatch=monkeypatch,
+        )
+        assert told == f"npm could not fetch {browser.AXE}: no route"
+        assert "--ignore-scripts" in commands[0]
+        assert "axe-core is not in .venv" in browser.missing(str(tmp_path))
+
+    def test_nothing_to_do(self, tool, tmp_path, monkeypatch):
+        browser = tool("browser")
+        where = Path(browser.axe(str(tmp_path)))
+        where.parent.mkdir(parents=True)
+        where.touch()
+        told, commands = self.install(
+            browser,
+            tmp_path,
+            have={"chromium"},
+            root_user=True,
+            answers={},
+            monkeypatch=monkeypatch,
+        )
+        assert told is None
+        assert not commands
+        assert browser.missing(str(tmp_path)) is None
+
+    def test_what_cannot_be_had_ends_nothing(self, tool, checkout, monkeypatch, capsys):
+        bootstrap, root = tool("bootstrap"), str(checkout)
+        monkeypatch.setattr(bootstrap, "needed_work", lambda _: "nothing")
+        monkeypatch.setattr(bootstrap.browser, "missing", lambda _: "it is missing")
+        monkeypatch.setattr(bootstrap.browser, "install", lambda *_: "no network")
+        bootstrap.prepare(root, with_browser=True)
+        assert capsys.readouterr().err == "The browser tests are left out: no network\n"
 
 
 class TestContained:

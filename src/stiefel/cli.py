@@ -15,20 +15,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stiefel import __version__
+from stiefel.cli_atlas import EXAMPLES as ATLAS_EXAMPLES
+from stiefel.cli_atlas import atlas
 from stiefel.cli_diagnose import EXAMPLES as DIAGNOSE_EXAMPLES
 from stiefel.cli_diagnose import HELP as DIAGNOSE_HELP
 from stiefel.cli_diagnose import diagnose
+from stiefel.cli_digest import EXAMPLES as DIGEST_EXAMPLES
+from stiefel.cli_digest import HELP as DIGEST_HELP
+from stiefel.cli_digest import digest
+from stiefel.cli_generate import EXAMPLES as GENERATE_EXAMPLES
+from stiefel.cli_generate import HELP as GENERATE_HELP
+from stiefel.cli_generate import generate
 from stiefel.cli_merge import EXAMPLES as MERGE_EXAMPLES
 from stiefel.cli_merge import HELP as MERGE_HELP
 from stiefel.cli_merge import merge
+from stiefel.cli_new_paper import EXAMPLES as NEW_PAPER_EXAMPLES
+from stiefel.cli_new_paper import new_paper
 from stiefel.cli_options import JsonOption, fail, seed_list
 from stiefel.cli_race import EXAMPLES, HELP, race
 
 if TYPE_CHECKING:
     from stiefel.atlas import Result
     from stiefel.papers import Paper
-
-DEFAULT_PAGE = Path("build/atlas")
 
 app = typer.Typer(
     name="stiefel",
@@ -64,11 +72,6 @@ def _app(
     ] = False,
 ) -> None:
     """Papers on orthogonality, initialisation and low rank, each re-checked on your machine."""
-
-
-ResultsOption = Annotated[
-    Path, typer.Option("--results", help="Folder that holds the results.", show_default=True)
-]
 
 
 @app.command("list", epilog="Example: [bold]stiefel list --json[/]")
@@ -171,6 +174,17 @@ def reproduce(
         Path | None, typer.Option(help="Rebuild the page in this folder as each paper finishes.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Run again what is there.")] = False,
+    cluster: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Run on the workers of this Dask scheduler."),
+    ] = None,
+    cluster_store: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="Folder that all workers see, for what runs share."),
+    ] = None,
+    retries: Annotated[
+        int, typer.Option(min=0, help="Starts anew of a run whose cluster worker was lost.")
+    ] = 2,
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit with 1 unless every claim holds or is open.")
     ] = False,
@@ -183,7 +197,10 @@ def reproduce(
     """
     wanted = seed_list(seeds)
     chosen = _chosen(slugs)
-    results = _run(chosen, scale, wanted, jobs, out, page, force, as_json)
+    if cluster_store is not None and cluster is None:
+        raise typer.BadParameter("needs --cluster", param_hint="--cluster-store")
+    where = {"cluster": cluster, "cluster_store": cluster_store, "retries": retries}
+    results = _run(chosen, scale, wanted, jobs, out, page, force, as_json, where)
     if not as_json:
         from rich.console import Console
 
@@ -207,11 +224,13 @@ def _run(
     page: Path | None,
     force: bool,
     as_json: bool,
+    where: dict[str, Any],
 ) -> list[Result]:
     """Run, printing a JSON line and rebuilding the page as each paper finishes."""
     from rich.console import Console
 
     from stiefel.atlas import runner
+    from stiefel.atlas.cluster import ClusterError
     from stiefel.atlas.page import MissingPackageError, build_page, shown_papers
 
     def finished(result: Result) -> None:
@@ -232,8 +251,9 @@ def _run(
             force=force,
             console=Console(stderr=as_json),
             on_result=finished,
+            **where,
         )
-    except MissingPackageError as error:
+    except (MissingPackageError, ClusterError) as error:
         fail(str(error))
     except OSError as error:
         fail(f"cannot write: {error}")
@@ -263,26 +283,24 @@ app.command(
     epilog=DIAGNOSE_EXAMPLES,
     short_help="What a checkpoint's weights tell, without data: a report as table, page or JSON.",
 )(diagnose)
+app.command(
+    help=GENERATE_HELP,
+    epilog=GENERATE_EXAMPLES,
+    short_help="Draw images from a small network and a database of images; or train one.",
+)(generate)
+app.command(
+    help=DIGEST_HELP,
+    epilog=DIGEST_EXAMPLES,
+    short_help="New and changed cards since a date, as an e-mail: printed, written or sent.",
+)(digest)
+app.command(
+    "new-paper",
+    epilog=NEW_PAPER_EXAMPLES,
+    short_help="Write the start of a paper of your own: module, test and page.",
+)(new_paper)
 
 
-@app.command(epilog="Example: [bold]stiefel atlas --results results --out build/atlas --open[/]")
-def atlas(
-    results: ResultsOption = Path("results"),
-    out: Annotated[Path, typer.Option(help="Folder for the page.")] = DEFAULT_PAGE,
-    open_: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
-) -> None:
-    """Build the page from the results: a card and an article for each paper, and a feed."""
-    from stiefel.atlas.page import MissingPackageError, build_page
-
-    try:
-        index = build_page(results, out)
-    except MissingPackageError as error:
-        fail(str(error))
-    except OSError as error:
-        fail(f"cannot write: {error}")
-    typer.echo(f"Page: {index}")
-    if open_:
-        typer.launch(index.absolute().as_uri())
+app.command(epilog=ATLAS_EXAMPLES)(atlas)
 
 
 def _describe(paper: Paper) -> dict[str, Any]:

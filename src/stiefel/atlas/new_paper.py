@@ -72,7 +72,7 @@ def new_paper(
         words["module"] = f"stiefel.papers.{module}"
         places = {
             "module": folder / f"src/stiefel/papers/{module}.py",
-            "test": folder / f"tests/papers/test_{module}_card.py",
+            "checks": folder / f"tests/papers/test_{module}_card.py",
             "docs": folder / f"docs/{module}.md",
         }
     else:
@@ -80,7 +80,7 @@ def new_paper(
         places = {
             "pyproject": root / "pyproject.toml",
             "module": root / f"{module}.py",
-            "test": root / f"tests/test_{module}.py",
+            "checks": root / f"tests/test_{module}.py",
             "docs": root / "README.md",
         }
     for path in places.values():

@@ -5,37 +5,27 @@ from __future__ import annotations
 import base64
 import hashlib
 import logging
-import re
-import uuid
-from collections import Counter
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import import_module, resources
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from stiefel import __version__
-from stiefel.atlas.highlight import highlight
-from stiefel.atlas.record import Record, failed_seeds, load_all
-from stiefel.atlas.result import Result, combine, duration, interval, number
-from stiefel.atlas.strip import strip
+from stiefel.atlas.api import read_inventory
+from stiefel.atlas.article import article, neighbours
+from stiefel.atlas.cards import write_machine_files
+from stiefel.atlas.entry import Entry as Entry
+from stiefel.atlas.entry import read_entry as read_entry
+from stiefel.atlas.listing import BADGES, grouped, index
+from stiefel.atlas.result import duration, interval, number
 from stiefel.atlas.svg import render
 from stiefel.papers import all_papers
-from stiefel.papers.paper import Paper, Scale, Verdict
+from stiefel.papers.paper import Paper
 from stiefel.storage import write_text
 
 log = logging.getLogger(__name__)
-
-NOT_RUN = "not run yet"
-
-# Word on the badge: (CSS class, sign). The sign says it without colour.
-_BADGES = {
-    Verdict.REPRODUCED.value: ("good", "✓"),
-    Verdict.NOT_REPRODUCED.value: ("bad", "✕"),
-    Verdict.INCONCLUSIVE.value: ("open", "?"),
-    Verdict.FAILED.value: ("failed", "!"),
-    NOT_RUN: ("none", "○"),
-}
 
 _MONTHS = (
     *("January", "February", "March", "April", "May", "June"),
@@ -50,45 +40,18 @@ class MissingPackageError(ImportError):
     """A package that only the page needs is not installed."""
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A paper with what there is of it under ``results``."""
-
-    paper: Paper
-    scale: Scale | None
-    result: Result | None
-    records: tuple[Record, ...]
-
-    @property
-    def verdict(self) -> str:
-        """The word on the badge."""
-        return self.result.verdict.value if self.result else NOT_RUN
-
-    @property
-    def updated(self) -> str:
-        """When it last changed, RFC 3339."""
-        if self.records:
-            return max(record.started for record in self.records)
-        return f"{self.paper.published}-01"[:10] + "T00:00:00+00:00"
-
-    @property
-    def command(self) -> str:
-        """What repeats it."""
-        scale = self.scale or Scale.LAPTOP
-        seeds = ",".join(map(str, self.result.seeds if self.result else (0, 1, 2)))
-        return f"stiefel reproduce {self.paper.slug} --scale {scale.value} --seeds {seeds}"
-
-
 def build_page(
     results: str | Path = "results",
     out: str | Path = "build/atlas",
     *,
     papers: Sequence[Paper] | None = None,
     base_url: str = "",
+    docs: str | Path | None = None,
 ) -> Path:
     """Build the page from ``results`` into the folder ``out``.
 
-    Writes ``index.html``, ``papers/<slug>.html`` and ``feed.xml``: the same results and papers
+    Writes ``index.html``, ``papers/<slug>.html`` and what machines read (see
+    :func:`stiefel.atlas.cards.write_machine_files`): the same results, papers and documentation
     give the same bytes. Of each paper the largest scale that was run is shown.
 
     Args:
@@ -96,28 +59,40 @@ def build_page(
         out: Folder for the page; other files in it are left alone.
         papers: What to show; None for all of Stiefel's papers.
         base_url: Where the page will be served, for absolute links in the feed; relative if empty.
+        docs: Folder of the documentation as Sphinx has built it: names of the library are linked to
+            it, relative to the page. None for ``docs`` beside ``out``, no links if it is not there.
 
     Returns:
         The path of ``index.html``.
 
     Raises:
         MissingPackageError: jinja2 or matplotlib is not installed.
+        ValueError: ``docs`` holds an inventory that cannot be read.
     """
     environment = _environment()
     out = Path(out)
+    docs = out.absolute().parent / "docs" if docs is None else Path(docs)
+    inventory = read_inventory(docs)
+    way = quote(Path(os.path.relpath(docs, out / "papers")).as_posix()) + "/"
     entries = [
         read_entry(Path(results), paper) for paper in (all_papers() if papers is None else papers)
     ]
     shared = _shared_parts()
-    base = base_url.rstrip("/") + "/" if base_url else ""
-    article = environment.get_template("paper.html")
-    for entry in entries:
-        text = article.render(**shared, **_article(entry), root="../")
+    template = environment.get_template("paper.html")
+    groups = grouped(entries)
+    anchors = {group.topic: group.anchor for group in groups}
+    ordered = [entry for group in groups for entry in group.entries]
+    for at, entry in enumerate(ordered):
+        parts = article(entry, _figure(entry), inventory, way) | neighbours(ordered, at)
+        text = template.render(**shared, **parts, anchor=anchors[entry.paper.topic], root="../")
         write_text(out / "papers" / f"{entry.paper.slug}.html", text)
-    index = environment.get_template("index.html").render(**shared, **_index(entries), root="")
-    feed = environment.get_template("feed.xml").render(**_feed(entries), base=base)
-    write_text(out / "feed.xml", feed)
-    write_text(out / "index.html", index)
+    parts = index(entries, lambda entry: _figure(entry, small=True))
+    write_machine_files(entries, out, base_url=base_url)
+    # Last: who waits for it finds everything it links to.
+    write_text(
+        out / "index.html",
+        environment.get_template("index.html").render(**shared, **parts, root=""),
+    )
     return out / "index.html"
 
 
@@ -126,16 +101,6 @@ def shown_papers(extra: Sequence[Paper]) -> list[Paper]:
     papers = list(all_papers())
     slugs = {paper.slug for paper in papers}
     return papers + [paper for paper in extra if paper.slug not in slugs]
-
-
-def read_entry(results: Path, paper: Paper) -> Entry:
-    """What there is of ``paper``, at the largest scale that was run."""
-    for scale in (Scale.PAPER, Scale.LAPTOP, Scale.SMOKE):
-        records = [r for r in load_all(results, paper.slug, scale) if r.answers(paper)]
-        errors = failed_seeds(results, paper.slug, scale)
-        if records or errors:
-            return Entry(paper, scale, combine(paper, scale, records, errors), tuple(records))
-    return Entry(paper, None, None, ())
 
 
 def _environment() -> Any:
@@ -159,8 +124,9 @@ def _environment() -> Any:
         "number": number,
         "interval": interval,
         "duration": duration,
+        "margin": _margin,
         "date": _date,
-        "badge": _BADGES.__getitem__,
+        "badge": BADGES.__getitem__,
     }
     return environment
 
@@ -188,54 +154,6 @@ def _shared_parts() -> dict[str, Any]:
 
 def _sha(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
-def _index(entries: list[Entry]) -> dict[str, Any]:
-    topics = Counter(entry.paper.topic for entry in entries)
-    verdicts = Counter(entry.verdict for entry in entries)
-    return {
-        "entries": entries,
-        "figures": {entry.paper.slug: _figure(entry, small=True) for entry in entries},
-        "topics": sorted(topics.items()),
-        "verdicts": [(word, verdicts[word]) for word in _BADGES if verdicts[word]],
-    }
-
-
-def _article(entry: Entry) -> dict[str, Any]:
-    from markupsafe import Markup
-
-    result = entry.result
-    figure = _figure(entry)
-    box = re.match(r'<svg [^>]*viewBox="0 0 ([\d.]+) ([\d.]+)"', figure)
-    metrics: list[str] = []
-    if result is not None:
-        named = [claim.metric for claim in entry.paper.claims]
-        measured = sorted({name for m in result.measurements for name in m.metrics})
-        metrics = list(dict.fromkeys([*named, *measured])) if result.measurements else []
-    judged = result.claims if result else entry.paper.judge(())
-    measurements = result.measurements if result else ()
-    strips = [strip(j, [m.metrics[j.claim.metric] for m in measurements]) for j in judged]
-    machines = {
-        "{cpu}, {cores} cores, {system}".format(
-            **{k: r.machine.get(k, "?") for k in ("cpu", "cores", "system")}
-        )
-        for r in entry.records
-    }
-    versions = {
-        ", ".join(f"{name} {version}" for name, version in r.versions.items())
-        for r in entry.records
-    }
-    return {
-        "entry": entry,
-        "figure": figure,
-        "wide": box is not None and float(box[1]) > 2.2 * float(box[2]),
-        "claims": list(zip(judged, [Markup(s) for s in strips], strict=True)),  # noqa: S704
-        "metrics": metrics,
-        "snippet": Markup(highlight(entry.paper.snippet)),  # noqa: S704 (escaped there)
-        "machines": sorted(machines),
-        "versions": sorted(versions),
-        "commits": sorted({r.commit for r in entry.records if r.commit}),
-    }
 
 
 def _label(entry: Entry) -> str:
@@ -268,18 +186,10 @@ def _figure(entry: Entry, *, small: bool = False) -> Any:
     return Markup(_drawn[key])  # noqa: S704 (matplotlib's SVG, its text escaped)
 
 
-def _feed(entries: list[Entry]) -> dict[str, Any]:
-    newest = sorted(entries, key=lambda entry: entry.updated, reverse=True)
-    return {
-        "entries": [(entry, _urn(f"paper/{entry.paper.slug}")) for entry in newest],
-        "id": _urn("atlas"),
-        "updated": newest[0].updated if newest else "1970-01-01T00:00:00+00:00",
-    }
-
-
-def _urn(name: str) -> str:
-    """A name that stays the same wherever the page is served."""
-    return uuid.uuid5(uuid.NAMESPACE_URL, f"stiefel/{name}").urn
+def _margin(value: float) -> str:
+    """A margin on a card: with its sign, two significant digits."""
+    text = number(float(f"{value:.2g}"))
+    return f"+{text}" if value > 0 else text
 
 
 def _date(published: str) -> str:

@@ -20,7 +20,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from stiefel.atlas import worker
 from stiefel.papers.paper import Claim, Scale
 
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
@@ -30,7 +30,8 @@ _ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "33554432",
     "MALLOC_TRIM_THRESHOLD_": "1073741824",
 }
-_GRACE = 0.8
+"""What the process of an experiment starts with."""
+GRACE = 0.8
 """Seconds a stopped process has to free what it holds before it is killed."""
 
 
@@ -120,7 +121,7 @@ class Pool(Generic[J]):
         )
         # A signal in here could lose track of a process just born. The child inherits the block,
         # which also keeps a terminal's Ctrl-C from killing it before it is ready.
-        with _blocked_signals(), _environment(_ENVIRONMENT):
+        with _blocked_signals(), _environment(ENVIRONMENT):
             process.start()
             self._running.append(_Running(task, process, ours, log))
         theirs.close()
@@ -138,7 +139,8 @@ class Pool(Generic[J]):
                 kind, content = running.pipe.recv()
             except (EOFError, OSError):
                 running.process.join()
-                kind, content = "crashed", _last_words(running)
+                code = running.process.exitcode or 0
+                kind, content = "crashed", last_words(running.task.name, code, running.log)
             if kind != "progress":
                 self._reap(running)
             yield running.task, kind, content
@@ -147,7 +149,7 @@ class Pool(Generic[J]):
         """Stop every process, within about a second."""
         for running in self._running:
             running.process.terminate()
-        deadline = time.monotonic() + _GRACE
+        deadline = time.monotonic() + GRACE
         for running in list(self._running):
             running.process.join(max(deadline - time.monotonic(), 0))
             self._reap(running, patience=0)
@@ -162,8 +164,11 @@ class Pool(Generic[J]):
         self._running.remove(running)
 
 
-def _last_words(running: _Running) -> str:
-    code = running.process.exitcode or 0
+def last_words(name: str, code: int, log: Path) -> str:
+    """What is known of the process of run ``name`` that ended without a word.
+
+    ``code`` is its exit status, ``log`` the file with what it printed.
+    """
     if code < 0:
         try:
             cause = f"was killed by {signal.Signals(-code).name}"
@@ -173,9 +178,9 @@ def _last_words(running: _Running) -> str:
         cause = f"ended without a result, exit status {code}"
     printed = ""
     with contextlib.suppress(FileNotFoundError):
-        printed = running.log.read_text(errors="replace")[-20_000:]
+        printed = log.read_text(errors="replace")[-20_000:]
     hint = " (out of memory?)" if code == -getattr(signal, "SIGKILL", 9) else ""
-    return f"{printed}\nThe process of {running.task.name} {cause}{hint}.\n".lstrip()
+    return f"{printed}\nThe process of {name} {cause}{hint}.\n".lstrip()
 
 
 @contextlib.contextmanager

@@ -17,6 +17,9 @@ from stiefel.storage import write_json
 
 log = logging.getLogger(__name__)
 
+KEPT = 5
+"""So many earlier results of a seed are remembered."""
+
 
 def result_path(out: Path, slug: str, scale: Scale, seed: int) -> Path:
     """Where a result is kept."""
@@ -26,6 +29,11 @@ def result_path(out: Path, slug: str, scale: Scale, seed: int) -> Path:
 def error_path(out: Path, slug: str, scale: Scale, seed: int) -> Path:
     """Where the traceback of a crash is kept until the next success."""
     return out / slug / scale.value / f"{seed}.error.txt"
+
+
+def history_path(out: Path, slug: str, scale: Scale) -> Path:
+    """Where it is kept what results gave before they were replaced."""
+    return out / slug / scale.value / "history.json"
 
 
 def code_key(paper: Paper) -> str:
@@ -65,7 +73,8 @@ class Record:
     started: str
 
     def save(self, out: Path) -> None:
-        """Write it below ``out``, atomically."""
+        """Write it below ``out``, atomically. What it replaces goes into the history."""
+        _remember(out, self)
         content = {f: getattr(self, f) for f in self.__dataclass_fields__ if f != "measurement"}
         content["scale"] = self.scale.value
         content |= encode(asdict(self.measurement))
@@ -105,6 +114,68 @@ def load_all(out: Path, slug: str, scale: Scale) -> list[Record]:
         return []
     newest = max(records, key=lambda r: r.started).code
     return [r for r in records if r.code == newest]
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What a seed gave before its result was replaced, without curves."""
+
+    seed: int
+    metrics: Mapping[str, float]
+    code: str
+    commit: str | None
+    started: str
+
+
+def load_earlier(out: Path, slug: str, scale: Scale) -> list[Earlier]:
+    """For each seed what it gave before its present result; of the newest such code only."""
+    last = [entries[-1] for entries in load_history(out, slug, scale).values() if entries]
+    if not last:
+        return []
+    newest = max(last, key=lambda e: e.started).code
+    return sorted((e for e in last if e.code == newest), key=lambda e: e.seed)
+
+
+def load_history(out: Path, slug: str, scale: Scale) -> dict[int, list[Earlier]]:
+    """For each seed what it gave before its present result, the oldest first; :data:`KEPT` runs."""
+    path = history_path(out, slug, scale)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            int(seed): [
+                Earlier(
+                    seed=int(seed),
+                    metrics={str(k): float(v) for k, v in entry["metrics"].items()},
+                    code=str(entry["code"]),
+                    commit=None if entry["commit"] is None else str(entry["commit"]),
+                    started=str(entry["started"]),
+                )
+                for entry in entries
+            ]
+            for seed, entries in content.items()
+        }
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        log.warning("%s is not a history of results and is left out: %r", path, error)
+        return {}
+
+
+def _remember(out: Path, new: Record) -> None:
+    """Put what ``new`` is about to replace into the history, the last :data:`KEPT` of a seed."""
+    if not result_path(out, new.slug, new.scale, new.seed).exists():
+        return
+    old = load(out, new.slug, new.scale, new.seed)
+    if old is None or (old.key, old.started) == (new.key, new.started):
+        return
+    history = load_history(out, new.slug, new.scale)
+    earlier = Earlier(old.seed, old.measurement.metrics, old.code, old.commit, old.started)
+    history[old.seed] = [*history.get(old.seed, []), earlier][-KEPT:]
+    content = {
+        str(seed): [{k: v for k, v in asdict(entry).items() if k != "seed"} for entry in entries]
+        for seed, entries in sorted(history.items())
+    }
+    write_json(history_path(out, new.slug, new.scale), encode(content))
 
 
 def failed_seeds(out: Path, slug: str, scale: Scale) -> dict[int, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 import signal
+import sys
 import threading
 import traceback
 from collections import deque
@@ -16,6 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
+from stiefel.atlas.cluster import ClusterPool
 from stiefel.atlas.display import Display, make_display
 from stiefel.atlas.machine import available_cores, commit, machine, versions
 from stiefel.atlas.pool import Pool, Task
@@ -43,6 +45,9 @@ def reproduce(
     force: bool = False,
     console: Console | None = None,
     on_result: Callable[[Result], None] | None = None,
+    cluster: str | None = None,
+    cluster_store: str | Path | None = None,
+    retries: int = 2,
 ) -> list[Result]:
     """Re-check papers: run their experiments, keep the results, judge the claims.
 
@@ -56,30 +61,47 @@ def reproduce(
             and name. None for all of Stiefel's.
         scale: ``"smoke"``, ``"laptop"`` or ``"paper"``.
         seeds: Non-negative and different.
-        jobs: Processes at a time; None for one a CPU core.
+        jobs: Processes at a time; None for one a CPU core, or what the cluster's workers have
+            threads for.
         out: Folder of the results.
         force: Make results again that are there.
         console: Where progress goes; standard error if None. Bars on a terminal, else lines.
         on_result: Called as each paper gets its verdict, cheapest papers first.
+        cluster: Address of a Dask scheduler whose workers run the experiments. The results are the
+            same, and are written here.
+        cluster_store: Folder that all of the cluster's workers see, for results that runs share.
+            None: each worker has one of its own and computes them again.
+        retries: So often a run is started again whose worker was lost. A crash of the experiment
+            itself is not tried again.
 
     Returns:
         One :class:`Result` a paper, in the order asked.
 
     Raises:
         KeyError: no paper has that slug; the message names near matches.
-        ValueError: an unknown scale, bad seeds, ``jobs`` below 1, or a paper asked for twice.
+        ValueError: an unknown scale, bad seeds, ``jobs`` below 1, ``retries`` below 0, a
+            ``cluster_store`` without a cluster, or a paper asked for twice.
+        ClusterError: the scheduler does not answer or was lost, its workers run other versions or
+            other code, or Dask is not installed.
         KeyboardInterrupt: SIGINT or SIGTERM came. All processes are stopped, what was finished is
             kept, and the same call goes on from there.
     """
     papers = [paper if isinstance(paper, Paper) else get(paper) for paper in slugs or ()]
+    if retries < 0:
+        raise ValueError(f"retries must be at least 0, got {retries}")
+    if cluster_store is not None and cluster is None:
+        raise ValueError("cluster_store is for runs on a cluster; no cluster was given")
     run = _Run(
         papers if slugs is not None else list(all_papers()),
         scale=_scale(scale),
         seeds=_seeds(seeds),
-        jobs=_jobs(jobs),
+        jobs=_jobs(jobs, cluster),
         out=Path(out),
         force=force,
         on_result=on_result,
+        cluster=cluster,
+        cluster_store=None if cluster_store is None else str(cluster_store),
+        retries=retries,
     )
     with make_display(console or Console(stderr=True)) as display:
         return run(display)
@@ -100,10 +122,11 @@ def _seeds(seeds: Sequence[int]) -> list[int]:
     return list(seeds)
 
 
-def _jobs(jobs: int | None) -> int:
+def _jobs(jobs: int | None, cluster: str | None) -> int:
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
-    return jobs or available_cores()
+    # A cluster queues what its workers have no thread for, and may grow because of it.
+    return jobs or (available_cores() if cluster is None else sys.maxsize)
 
 
 class _Run:
@@ -119,6 +142,9 @@ class _Run:
         out: Path,
         force: bool,
         on_result: Callable[[Result], None] | None,
+        cluster: str | None,
+        cluster_store: str | None,
+        retries: int,
     ) -> None:
         names = [paper.slug for paper in papers]
         twice = sorted({name for name in names if names.count(name) > 1})
@@ -127,6 +153,7 @@ class _Run:
         self._papers = papers
         self._scale, self._seeds, self._jobs, self._out = scale, seeds, jobs, out
         self._force = force
+        self._cluster, self._cluster_store, self._retries = cluster, cluster_store, retries
         self._on_result = on_result or (lambda _: None)
         self._codes = {paper.slug: code_key(paper) for paper in papers}
         self._records: dict[str, list[Record]] = {name: [] for name in names}
@@ -140,13 +167,21 @@ class _Run:
         self._display = display
         with self._interrupts:
             self._plan()
-            with Pool(self._scale, self._out.absolute() / "_shared") as pool:
+            with self._pool() as pool:
                 while self._queue or pool:
                     while self._queue and len(pool) < self._jobs:
                         self._start(pool, self._queue.popleft())
                     for task, kind, content in pool.events(timeout=0.5):
                         self._handle(task, kind, content)
         return [self._results[paper.slug] for paper in self._papers]
+
+    def _pool(self) -> Pool[Paper] | ClusterPool:
+        if self._cluster is None:
+            return Pool(self._scale, self._out.absolute() / "_shared")
+        papers = list({task.job.slug: task.job for task in self._queue}.values())
+        return ClusterPool(
+            self._cluster, self._scale, papers, store=self._cluster_store, retries=self._retries
+        )
 
     def _plan(self) -> None:
         """Queue what is not there yet, cheapest papers first."""
@@ -169,15 +204,26 @@ class _Run:
     def _key(self, paper: Paper, seed: int) -> str:
         return result_key(self._codes[paper.slug], self._scale, seed)
 
-    def _start(self, pool: Pool[Paper], task: Task[Paper]) -> None:
-        self._started[task] = datetime.now(UTC).isoformat(timespec="milliseconds")
-        self._display.started(task)
+    def _start(self, pool: Pool[Paper] | ClusterPool, task: Task[Paper]) -> None:
+        if isinstance(pool, Pool):  # a cluster tells when it has come to the task
+            self._begin(task, datetime.now(UTC).isoformat(timespec="milliseconds"))
         try:
             pool.start(task)
         except (pickle.PicklingError, AttributeError, TypeError):
             self._handle(task, "crashed", traceback.format_exc())
 
+    def _begin(self, task: Task[Paper], when: str) -> None:
+        again = task in self._started
+        self._started[task] = when
+        if again:
+            self._display.progress(task, 0.0, "started again: its worker was lost")
+        else:
+            self._display.started(task)
+
     def _handle(self, task: Task[Paper], kind: str, content: Any) -> None:
+        if kind == "started":
+            self._begin(task, content)
+            return
         if kind == "progress":
             self._display.progress(task, *content)
             return
@@ -207,6 +253,12 @@ class _Run:
 
     def _save(self, task: Task[Paper], content: dict[str, Any]) -> None:
         fields = ("metrics", "series", "config")
+        origin = content.get("origin") or {  # of a cluster's worker; else made here
+            "versions": versions(),
+            "machine": machine(),
+            "commit": commit(),
+            "started": self._started[task],
+        }
         record = Record(
             slug=task.job.slug,
             scale=self._scale,
@@ -216,10 +268,7 @@ class _Run:
             measurement=Measurement(task.seed, **{name: content[name] for name in fields}),
             seconds=content["seconds"],
             peak_rss_mb=content["peak_rss_mb"],
-            versions=versions(),
-            machine=machine(),
-            commit=commit(),
-            started=self._started[task],
+            **origin,
         )
         record.save(self._out)
         self._records[task.job.slug].append(record)

@@ -139,6 +139,7 @@ paper = Paper(
     arxiv="2602.09006",
     code=None,
     topic="optimizers",
+    data="text",
     summary=(
         "A cheap normaliser such as Sinkhorn scaling depends on the coordinates it is applied in. "
         "ARO turns each momentum matrix by a rotation that follows the normaliser itself, with one "

@@ -183,6 +183,7 @@ paper = Paper(
     arxiv="2509.24320",
     code="https://github.com/ryyzn9/AuON",
     topic="optimizers",
+    data="text",
     summary=(
         "AuON bounds the spectral norm of a step without orthogonalising: it divides the momentum "
         "by its Frobenius norm and by the root mean square of the cosh of its entries. The hybrid "

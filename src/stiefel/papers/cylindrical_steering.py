@@ -147,6 +147,7 @@ paper = Paper(
     arxiv="2605.01844",
     code="https://github.com/mbzuai-nlp/CRH",
     topic="diagnosis",
+    data="pretrained weights",
     summary=(
         "What a concept adds to a language model's activations is a common axis and a part across "
         "it that differs from sample to sample. The axis produces the concept; the angle in the "

@@ -266,6 +266,7 @@ paper = Paper(
     arxiv="2505.17967",
     code="https://github.com/IST-DASLab/ISTA-DASLab-Optimizers",
     topic="optimizers",
+    data="text",
     summary=(
         "Low-rank optimizers decompose every gradient to find their subspace. Here all layers of a "
         "width share one fixed cosine transform, and each keeps the list of the columns that "

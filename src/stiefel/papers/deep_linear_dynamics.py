@@ -184,6 +184,7 @@ paper = Paper(
     arxiv="1312.6120",
     code=None,
     topic="theory",
+    data="images",
     summary=(
         "Gradient descent on a deep linear network is nonlinear, yet solvable: each singular mode "
         "of the task is learned along a sigmoid whose time is known for every depth. It follows "

@@ -213,6 +213,7 @@ paper = Paper(
     arxiv="2312.14057",
     code=None,
     topic="numerics",
+    data="measured series",
     summary=(
         "Where to evaluate an expensive function so that a least-squares fit in m given functions "
         "is nearly the best one. Independent draws of a determinantal point process, which spread "

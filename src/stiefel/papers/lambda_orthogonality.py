@@ -171,6 +171,7 @@ paper = Paper(
     arxiv="2509.16664",
     code="https://github.com/miccunifi/lambda_orthogonality",
     topic="merging",
+    data="images",
     summary=(
         "When an embedding model is replaced, two small maps on frozen vectors make new queries "
         "find old gallery items: a backward one that is orthogonal, or strays from that by at most "

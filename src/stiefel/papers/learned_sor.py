@@ -266,6 +266,7 @@ paper = Paper(
     arxiv="2310.02246",
     code="https://github.com/mkhodak/learning-to-relax",
     topic="numerics",
+    data="images",
     summary=(
         "A bandit that sees only iteration counts sets the relaxation parameter ω of SOR while a "
         "sequence of linear systems is solved, nearly as well as the best fixed ω. Told a number "

@@ -117,6 +117,7 @@ paper = Paper(
     arxiv="2405.16287",
     code="https://github.com/Blackzxy/LoGAH",
     topic="initialisation",
+    data="text",
     summary=(
         "A network that reads the graph of another network and gives all its weights, each matrix "
         "as a product of two thin factors. Trained on many small networks, it starts larger ones. "

@@ -128,6 +128,7 @@ paper = Paper(
     arxiv="2510.05491",
     code="https://github.com/zichongli5/NorMuon",
     topic="optimizers",
+    data="text",
     summary=(
         "Muon makes the directions of an update equally strong, but not its rows: some neurons "
         "move much further than others. NorMuon keeps one running second moment per neuron, "

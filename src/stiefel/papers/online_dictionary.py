@@ -228,6 +228,7 @@ paper = Paper(
     arxiv="2103.01484",
     code=None,
     topic="numerics",
+    data="synthetic",
     summary=(
         "An orthogonal sparsifying transform is learned from a stream by Frank–Wolfe steps over "
         "the spectral-norm ball, the convex hull of the orthogonal matrices. Two square matrices "

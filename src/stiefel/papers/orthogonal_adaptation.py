@@ -188,6 +188,7 @@ paper = Paper(
     arxiv="2312.02432",
     code=None,
     topic="merging",
+    data="images",
     summary=(
         "Every adapter freezes a down-projection of orthonormal columns drawn from one basis that "
         "all people share, and trains only the up-projection. Adapters trained apart then hardly "

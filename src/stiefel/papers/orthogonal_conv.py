@@ -194,6 +194,7 @@ paper = Paper(
     arxiv="2108.05623",
     code="https://github.com/deel-ai/deel-lip",
     topic="layers",
+    data="images",
     summary=(
         "A penalty on the kernel of a convolution that is zero exactly when the whole layer is "
         "orthogonal, and the conditions under which such a kernel exists. Its value bounds the "

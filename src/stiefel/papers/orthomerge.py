@@ -172,6 +172,7 @@ paper = Paper(
     arxiv="2602.05943",
     code="https://github.com/Sphere-AI-Lab/OrthoMerge",
     topic="merging",
+    data="images",
     summary=(
         "Experts fine-tuned from one base are merged as rotations of the base's input space: their "
         "Lie-algebra coordinates are averaged and lengthened to the experts' mean size, and what "

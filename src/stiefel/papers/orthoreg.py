@@ -232,6 +232,7 @@ paper = Paper(
     arxiv="2604.17078",
     code="https://github.com/RL-MIND/OrthoReg",
     topic="merging",
+    data="images",
     summary=(
         "A penalty added while fine-tuning keeps the columns of every layer's change orthonormal. "
         "Fine-tunes of one base then disturb each other less when their changes are added to merge "

@@ -156,6 +156,9 @@ class Paper:
     """What a reader must know to read the verdict: controls, limits of the scale."""
     seconds: float = 60.0
     """Rough cost at laptop scale, all seeds, two cores. Cheap papers run first."""
+    data: str = ""
+    """What the headline is measured on, in a word that several papers share: ``"images"``,
+    ``"text"``, ``"pretrained weights"``, ``"synthetic"``, …; the page filters by it."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", self.slug):

@@ -190,6 +190,7 @@ paper = Paper(
     arxiv="2502.16763",
     code="https://github.com/opallab/permlearn",
     topic="theory",
+    data="synthetic",
     summary=(
         "k examples, the basis vectors, teach ReLU networks a permutation of k bits so well that "
         "averaging enough of them and rounding is right on all 2^k − 1 nonzero inputs. The "

@@ -195,6 +195,7 @@ paper = Paper(
     arxiv="2303.14027",
     code="https://github.com/maxvanspengler/poincare-resnet",
     topic="layers",
+    data="images",
     summary=(
         "A residual network whose convolutions, norms and connections all act in the Poincaré "
         "ball. Layers start as the identity, so that signals do not collapse into the origin, and "

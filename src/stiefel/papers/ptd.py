@@ -244,6 +244,7 @@ paper = Paper(
     arxiv="2310.01698",
     code=None,
     topic="layers",
+    data="images",
     summary=(
         "Diagonal state spaces start from HiPPO's matrix without its rank-one part, which agrees "
         "with HiPPO at low frequencies and resonates at others. Adding a small perturbation "

@@ -177,6 +177,7 @@ paper = Paper(
     arxiv="2606.02765",
     code="https://github.com/Alex-Guha/representational-capacity",
     topic="diagnosis",
+    data="synthetic",
     summary=(
         "How many nearly orthogonal directions does a space of d dimensions still have room for? "
         "The overlap ε that a model tolerates is read off its embedding, and a formula in k/d "

@@ -218,6 +218,7 @@ paper = Paper(
     arxiv="2203.15516",
     code="https://github.com/TjuJianyu/RFC",
     topic="initialisation",
+    data="images",
     summary=(
         "Penalties against spurious correlations fail from random weights and drift away from good "
         "ones. So first train networks one after another, each where the earlier ones are wrong, "

@@ -198,6 +198,7 @@ paper = Paper(
     arxiv="2310.08513",
     code="https://github.com/Helena-Yuhan-Liu/BioRNN_RichLazy",
     topic="initialisation",
+    data="images",
     summary=(
         "Recurrent networks whose initial weights have low rank change more in training than "
         "those of full rank and the same Frobenius norm: they learn features, the others mostly "

@@ -191,6 +191,7 @@ paper = Paper(
     arxiv="2603.20527",
     code="https://github.com/Dominator-Index/RMNP",
     topic="optimizers",
+    data="text",
     summary=(
         "Where Muon orthogonalises the momentum with many matrix products, RMNP divides each of "
         "its rows by its length: linear time, and nothing to exchange when rows are sharded. "

@@ -246,6 +246,7 @@ paper = Paper(
     arxiv="2511.20626",
     code="https://github.com/huawei-noah/noah-research",
     topic="optimizers",
+    data="text",
     summary=(
         "Muon passes on whatever stands out in the momentum, noise included. ROOT cuts entries "
         "above the 0.9 quantile of their absolute values before it orthogonalises, and fits the "

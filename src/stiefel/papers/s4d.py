@@ -201,6 +201,7 @@ paper = Paper(
     arxiv="2206.11893",
     code="https://github.com/state-spaces/s4",
     topic="layers",
+    data="images",
     summary=(
         "A sequence layer of independent linear systems with a diagonal complex state matrix, "
         "trained as one long convolution and run as a recurrence. How the diagonal starts decides "

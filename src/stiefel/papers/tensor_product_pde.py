@@ -228,6 +228,7 @@ paper = Paper(
     arxiv="2606.25148",
     code=None,
     topic="numerics",
+    data="simulations",
     summary=(
         "On a tensor grid every operator is a sum of Kronecker products of small 1-D matrices, so "
         "it can be applied and inverted axis by axis. Poisson and Helmholtz problems are solved "

@@ -228,6 +228,7 @@ paper = Paper(
     arxiv="1910.08475",
     code="https://github.com/JordanAsh/warm_start",
     topic="initialisation",
+    data="images",
     summary=(
         "A network that is trained further on grown data ends up generalising worse than one "
         "trained from scratch on the same data. Shrinking its weights and adding a little fresh "

@@ -208,6 +208,7 @@ paper = Paper(
     arxiv="2605.18898",
     code="https://github.com/tiexinding/NPM-Weibull-public",
     topic="diagnosis",
+    data="text",
     summary=(
         "A line through the middle of a matrix's magnitudes on Weibull paper gives two numbers: k, "
         "the shape, 1.205 for anything Gaussian, and λ, the scale. Queries and keys leave the "

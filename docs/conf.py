@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import types
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,8 @@ def public_names(home: str) -> list[str]:
             continue
         value = getattr(module, name)
         ours = getattr(value, "__module__", "").startswith("stiefel")
-        if ours and (inspect.isclass(value) or isinstance(value, types.FunctionType)):
+        # Cached functions are callables around one.
+        if ours and (inspect.isclass(value) or inspect.isfunction(inspect.unwrap(value))):
             found.append(name)
     return sorted(found, key=str.lower)
 

@@ -2,8 +2,8 @@ import copy
 
 import pytest
 import torch
+from generate_models import small_network
 from sklearn.datasets import load_digits
-from small_models import small_network
 
 from stiefel.generate import DCTEncoder, ImageDatabase, RetrievalDiffusion
 

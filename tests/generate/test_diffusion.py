@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from small_models import small_network
+from generate_models import small_network
 
 from stiefel.generate import (
     DCTEncoder,
@@ -316,7 +316,7 @@ def test_interrupted_training_goes_on_bit_for_bit(small_set, tmp_path):
 WORKER = """
 import sys, torch
 sys.path.insert(0, {tests!r})
-from small_models import small_network
+from generate_models import small_network
 from stiefel.generate import DCTEncoder, ImageDatabase, RetrievalDiffusion
 torch.set_num_threads(1)
 g = torch.Generator().manual_seed(0)

@@ -140,7 +140,7 @@ def against_iterative(n: int, seed: int, *, exact: bool) -> dict[str, Any]:
     if exact:
         result["difference"] = relative(found, conjugate_gradients(EXACT))
     if importlib.util.find_spec("pyamg"):
-        import pyamg
+        import pyamg  # pyrefly: ignore
 
         grids, result["setup"] = once(lambda: pyamg.ruge_stuben_solver(matrix))
         _, result["solve"] = once(lambda: grids.solve(b, tol=TIMED, accel="cg"))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operator_fields import rand, randn, seeded
 from torch import nn
 
 from stiefel.nn.operators import (
@@ -17,19 +18,6 @@ from stiefel.nn.operators import (
     quadrature_points,
     radius_neighbors,
 )
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def rand(*shape, seed=0):
-    return torch.rand(shape, generator=seeded(seed), dtype=torch.float64)
-
-
-def randn(*shape, seed=0):
-    return torch.randn(shape, generator=seeded(seed), dtype=torch.float64)
-
 
 # --- neighbours ---------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operator_fields import seeded
 from torch import nn
 
 from stiefel.nn.operators import (
@@ -21,10 +22,6 @@ from stiefel.nn.operators.local_integral import local_integral
 from stiefel.nn.operators.running_mean import running_mean
 
 CONVOLVE = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.mark.parametrize(

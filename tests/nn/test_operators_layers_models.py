@@ -6,31 +6,11 @@ import warnings
 
 import pytest
 import torch
+from operator_fields import jit_warning, seeded, smooth
 from torch import nn
 
-from stiefel.nn.operators import FNO, UNO, FNOBlock, grid_coordinates
+from stiefel.nn.operators import FNO, UNO, FNOBlock
 from stiefel.nn.operators.point_wise import PointwiseLinear, PointwiseMLP
-
-# torch's forward derivatives still load it.
-jit_warning = pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def smooth(n, frequencies=3, channels=2, ndim=1, dtype=torch.float64):
-    """Band-limited random functions on the grid of n points per axis, the same for every n."""
-    g = seeded(3)
-    x = grid_coordinates((n,) * ndim, dtype=torch.float64)
-    total = torch.zeros(1, channels, *(n,) * ndim, dtype=torch.float64)
-    for _ in range(5):
-        k = torch.randint(-frequencies, frequencies + 1, (ndim,), generator=g).double()
-        phase, size = torch.rand(2, channels, generator=g, dtype=torch.float64)
-        angle = 2 * math.pi * torch.tensordot(k, x, 1)
-        for c in range(channels):
-            total[0, c] += size[c] * torch.cos(angle + 6 * phase[c])
-    return total.to(dtype)
 
 
 @pytest.mark.parametrize("activation", [nn.functional.gelu, torch.tanh])

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from operator_fields import rand, randn, seeded
 from torch import nn
 
 from stiefel.nn.operators import (
@@ -18,19 +19,6 @@ from stiefel.nn.operators import (
     quadrature_points,
 )
 from stiefel.nn.operators.attention import rotate
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def rand(*shape, seed=0):
-    return torch.rand(shape, generator=seeded(seed), dtype=torch.float64)
-
-
-def randn(*shape, seed=0):
-    return torch.randn(shape, generator=seeded(seed), dtype=torch.float64)
-
 
 # --- attention ----------------------------------------------------------------------------------
 

@@ -89,6 +89,23 @@ def sizes(value: Sizes, ndim: int | None, name: str, least: int = 1) -> tuple[in
     return found
 
 
+def grouped(in_channels: int, out_channels: int, groups: int) -> tuple[int, int, int]:
+    """Channel counts and groups of a convolution, as integers.
+
+    Raises:
+        TypeError: Not integers.
+        ValueError: Less than 1, or groups that do not divide both counts.
+    """
+    named = {"in_channels": in_channels, "out_channels": out_channels, "groups": groups}
+    inputs, outputs, parts = (sizes(value, 1, name)[0] for name, value in named.items())
+    if inputs % parts or outputs % parts:
+        raise ValueError(
+            f"groups must divide both channel counts, got {groups} for {in_channels} and "
+            f"{out_channels}"
+        )
+    return inputs, outputs, parts
+
+
 def _integer(value: object, name: str) -> int:
     if isinstance(value, bool):
         raise TypeError(f"{name} must be integers, got {value!r}")

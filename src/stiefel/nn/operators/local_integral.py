@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from stiefel.nn.operators.checks import Sizes, check_field, chosen, positive, sizes
+from stiefel.nn.operators.checks import Sizes, check_field, chosen, grouped, positive, sizes
 from stiefel.nn.operators.converted_layers import extend
 from stiefel.nn.operators.running_mean import running_mean
 from stiefel.nn.operators.taps import hat_taps as hat_taps
@@ -137,14 +137,9 @@ class LocalIntegralConv(nn.Module):
         else:
             raise ValueError("give either base_spacing or radius: the kernel's size is a length")
         self.padding_mode = chosen(padding_mode, PADDING_MODES, "padding_mode")
-        self.groups = sizes(groups, 1, "groups")[0]
-        self.in_channels = sizes(in_channels, 1, "in_channels")[0]
-        self.out_channels = sizes(out_channels, 1, "out_channels")[0]
-        if in_channels % groups or out_channels % groups:
-            raise ValueError(
-                f"groups must divide both channel counts, got {groups} for {in_channels} and "
-                f"{out_channels}"
-            )
+        self.in_channels, self.out_channels, self.groups = grouped(
+            in_channels, out_channels, groups
+        )
         shape = (out_channels, in_channels // groups, *self.kernel_size)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         shift = torch.empty(out_channels, device=device, dtype=dtype)
